@@ -1,0 +1,156 @@
+"""Checkpoints that exist whole or not at all.
+
+A checkpoint is written to `.tmp-step-000123`, every file flushed to the disk, listed with its
+sha256 in manifest.sha256 (`sha256sum -c` reads it), marked by a file COMMITTED, and only then
+renamed to `step-000123`. A process killed at any moment leaves a folder that no reader looks at.
+Which one is the newest is computed from the names, never stored.
+
+    step-000123/model/, optim/    torch.distributed.checkpoint, keyed by parameter names
+    step-000123/position.json     where in the data and the run it was taken
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+
+
+def committed(folder: Path) -> list[Path]:
+    """The committed checkpoints in `folder`, oldest first."""
+    found = [
+        p for p in folder.glob("step-*") if p.name[5:].isdigit() and (p / "COMMITTED").exists()
+    ]
+    return sorted(found, key=lambda p: int(p.name[5:]))
+
+
+def save(
+    folder: Path,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    position: dict[str, Any],
+    keep: int,
+) -> Path:
+    """Commit the state after `step` and delete all but the newest `keep` committed ones.
+
+    A checkpoint of this step that is committed already is left as it is.
+    """
+    path = folder / f"step-{step:06}"
+    if not (path / "COMMITTED").exists():
+        _clear(folder)
+        shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody's
+        part = folder / f".tmp-{path.name}"
+        part.mkdir(parents=True)
+        _write(part / "model", model.state_dict())
+        _write(part / "optim", dict(get_optimizer_state_dict(model, optimizer)))
+        (part / "position.json").write_text(json.dumps(position, indent=1) + "\n")
+        sums = "".join(f"{_sha256(part / name)}  {name}\n" for name in _files(part))
+        (part / "manifest.sha256").write_text(sums)
+        sync(part)
+        (part / "COMMITTED").write_text("")
+        sync(part)
+        part.rename(path)
+        _sync_folder(folder)
+    for old in committed(folder)[: -max(keep, 1)]:
+        (old / "COMMITTED").unlink()  # first, so that half of a deleted one is nobody's
+        shutil.rmtree(old)
+    return path
+
+
+def load_model(path: Path, model: nn.Module) -> None:
+    """Read the weights at `path` into `model`, on its device. Raises ValueError."""
+    verify(path)
+    state = model.state_dict()
+    try:
+        _read(path / "model", state)
+    except (RuntimeError, dcp.CheckpointException) as error:
+        raise ValueError(f"{path} does not hold the weights of this model: {error}") from None
+    model.load_state_dict(state)
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Read weights and optimizer state at `path`; returns the position. Raises ValueError."""
+    load_model(path, model)
+    state = dict(get_optimizer_state_dict(model, optimizer))
+    _read(path / "optim", state)
+    set_optimizer_state_dict(model, optimizer, state)
+    return read_position(path)
+
+
+def read_position(path: Path) -> dict[str, Any]:
+    """The position that the checkpoint at `path` was taken at."""
+    position: dict[str, Any] = json.loads((path / "position.json").read_text())
+    return position
+
+
+def verify(path: Path) -> None:
+    """Raise ValueError naming the first file at `path` that is not as it was committed."""
+    for line in (path / "manifest.sha256").read_text().splitlines():
+        expected, _, name = line.partition("  ")
+        file = path / name
+        if not file.exists() or _sha256(file) != expected:
+            what = "is missing" if not file.exists() else "has changed since it was written"
+            raise ValueError(f"{file} {what}; delete {path} to fall back to the one before it")
+
+
+def sync(folder: Path) -> None:
+    """Flush every file and folder under `folder` to the disk."""
+    for name in _files(folder):
+        with open(folder / name, "rb") as f:
+            os.fsync(f.fileno())
+    for inner in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
+        _sync_folder(inner)
+
+
+@contextmanager
+def _one_process() -> Iterator[None]:
+    """Without the warning that this is a single process: it is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    with _one_process():
+        dcp.save(state, checkpoint_id=path, no_dist=True)
+
+
+def _read(path: Path, state: dict[str, Any]) -> None:
+    with _one_process():
+        dcp.load(state, checkpoint_id=path, no_dist=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what killed processes left."""
+    for left in folder.glob(".tmp-*"):
+        shutil.rmtree(left)
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

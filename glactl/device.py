@@ -1,0 +1,35 @@
+"""Where a command computes."""
+
+import os
+
+import torch
+
+
+class DeviceUnavailable(OSError):
+    """The machine lacks the device that was asked for."""
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device to compute on.
+
+    Args:
+        name: "cpu", "cuda" or "cuda:1"; None asks the environment variable GLACTL_DEVICE, and
+            without it takes the first CUDA device, or the CPU where there is none.
+
+    Raises:
+        ValueError: a name that is none of these.
+        DeviceUnavailable: this machine, or this build of torch, has no such device.
+    """
+    name = name or os.environ.get("GLACTL_DEVICE") or None
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name.endswith(":"):
+        raise ValueError(f"device {name!r} is not known; allowed: cpu, cuda, cuda:0, cuda:1, ...")
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        have = f"{count} CUDA device(s)" if count else "no CUDA device"
+        raise DeviceUnavailable(f"device {name!r} is not here: {have}; --device cpu always works")
+    return torch.device(kind, int(index or 0))

@@ -1,0 +1,41 @@
+"""The optimizer of OptimSpec: the learning rate, the groups of weights, the clipping."""
+
+import math
+
+import torch
+from torch import nn
+
+from glactl.spec import OptimSpec
+
+
+def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
+    """The rate of step number `step` (from 0) of `steps`; see OptimSpec."""
+    if step < spec.warmup_steps:
+        return spec.lr * (step + 1) / spec.warmup_steps
+    low = spec.lr * spec.lr_min_ratio
+    if spec.schedule == "cosine":
+        done = (step + 1 - spec.warmup_steps) / max(steps - spec.warmup_steps, 1)
+        return low + (spec.lr - low) * (1 + math.cos(math.pi * done)) / 2
+    if spec.schedule == "wsd":
+        fall = max(round(spec.decay_fraction * steps), 1)
+        return spec.lr - (spec.lr - low) * max(step + 1 - (steps - fall), 0) / fall
+    return spec.lr
+
+
+def make_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
+    """AdamW in two groups: weights of two or more dimensions decay, all others do not."""
+    weights = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": weights, "weight_decay": spec.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=True
+    )
+
+
+def clip(model: nn.Module, largest: float | None) -> float:
+    """Scale the whole gradient down to the norm `largest`, if there is one; its norm before."""
+    limit = math.inf if largest is None else largest
+    return nn.utils.clip_grad_norm_(model.parameters(), limit).item()

@@ -1,0 +1,334 @@
+"""A run folder: what was asked, with what it was made, how it went, and its checkpoints.
+
+    runs/NAME-7f3a91/             the spec's name and the first 6 digits of its hash
+      spec.yaml                   what the user wrote, byte for byte
+      spec.resolved.yaml          every default written out
+      manifest.json               versions, platform, git, arguments, seed; fingerprints of the data
+      tokenizer/                  where the task has one
+      metrics.jsonl               a line a step
+      events.jsonl                start, resume, save, skip, stop, end
+      checkpoints/step-000123/    see checkpoints.py
+
+The folder appears whole, and no run is ever written into another's.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from glactl import __version__
+from glactl.console import finite
+from glactl.spec import RunSpec, load, resolved_yaml, spec_hash
+
+if TYPE_CHECKING:  # a run is listed and opened without torch's distributed parts
+    import torch
+
+    from glactl.models.lm import LM
+    from glactl.tasks import Task
+    from glactl.tasks.tokenizer import Tokenizer
+
+PACKAGES = ("torch", "triton", "numpy", "pydantic", "tokenizers", "datasets")
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLACTL_DEVICE")
+FREE = ("name", "train.log_every", "train.save_every", "train.keep_last")  # a resume may change
+
+
+class NoRun(FileNotFoundError):
+    """There is no such run, or none that has saved anything yet."""
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run is in its data: sample `sample` of the order that (seed, fingerprint) fix.
+
+    step counts the optimizer steps done, tokens the tokens read, and sample the rows read, since
+    the start; n_train is the rows of an epoch. done: the run has ended by its own rules.
+    """
+
+    seed: int
+    n_train: int
+    fingerprint: str
+    step: int = 0
+    tokens: int = 0
+    sample: int = 0
+    done: bool = False
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.sample // self.n_train
+
+
+class Run:
+    """An existing run folder."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.spec: RunSpec = load(self.path / "spec.resolved.yaml")
+
+    @classmethod
+    def create(cls, spec: RunSpec, text: str, root: Path | str = "runs") -> "Run":
+        """Make the folder of a new run, with a suffix -2, -3, ... where its name is taken.
+
+        Args:
+            spec: the checked spec.
+            text: the YAML that the user wrote.
+            root: the folder to make it in.
+        """
+        root = Path(root)
+        root.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
+        part.chmod(0o755)  # mkdtemp's folders are its user's alone
+        try:
+            (part / "spec.yaml").write_text(text)
+            (part / "spec.resolved.yaml").write_text(resolved_yaml(spec))
+            _write_json(part / "manifest.json", _manifest(spec))
+            (part / "checkpoints").mkdir()
+            stem = f"{spec.name}-{spec_hash(spec)[:6]}"
+            for n in range(1, 10_000):
+                path = root / (stem if n == 1 else f"{stem}-{n}")
+                try:
+                    part.rename(path)  # fails on a folder that is not empty: no race, no overwrite
+                    return cls(path)
+                except OSError:
+                    if not path.exists():
+                        raise
+            raise FileExistsError(f"{root} has 9,999 runs named {stem}")
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Run":
+        """The run at `path`. Raises NoRun."""
+        path = Path(path)
+        if not (path / "spec.resolved.yaml").exists():
+            beside = sorted(p.parent.name for p in path.parent.glob("*/spec.resolved.yaml"))
+            hint = f"; runs there: {', '.join(beside[-5:])}" if beside else ""
+            raise NoRun(f"{path} is not a run folder{hint}")
+        return cls(path)
+
+    @classmethod
+    def newest(cls, root: Path | str = "runs") -> "Run":
+        """The run in `root` that saved a checkpoint last. Raises NoRun."""
+        saved = Path(root).glob("*/checkpoints/step-*/COMMITTED")
+        times = [(m.stat().st_mtime_ns, m.parent.parent.parent) for m in saved]
+        if not times:
+            raise NoRun(f"no run with a checkpoint in {root}; make one: glactl train")
+        return cls.open(max(times)[1])
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest, as it stands."""
+        found: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        return found
+
+    def begin(self, spec: RunSpec, task: "Task", resume: bool = False) -> None:
+        """Record the complete `spec` and what `task` is; with `resume`, check that neither changed.
+
+        Raises:
+            NoRun: with `resume`, where nothing was saved.
+            ValueError: with `resume`, where something differs: each difference, old -> new.
+        """
+        data = {
+            "fingerprint": task.fingerprint,
+            "vocab_size": task.vocab_size,
+            "n_train": task.n_train,
+            "tokenizer": _tokenizer_hash(task),
+        }
+        self.spec, plain = spec, spec.model_dump(mode="json")
+        if resume:
+            self.newest_checkpoint()
+            then = self.manifest
+            changed = _differences(_flat(then["spec"]), _flat(plain), FREE)
+            changed += _differences(_flat(then["data"], "data "), _flat(data, "data "))
+            if changed:
+                raise ValueError(
+                    f"{self.path} cannot be resumed, it was made with other settings: "
+                    f"{', '.join(changed)}; start a new run instead"
+                )
+            self.event("resume", argv=sys.argv)
+            return
+        if task.tokenizer is not None:
+            task.tokenizer.save(self.path / "tokenizer")
+        _replace(self.path / "spec.resolved.yaml", resolved_yaml(spec))
+        manifest = self.manifest | {"data": data, "spec": plain}
+        _replace(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        self.event("start", argv=sys.argv)
+
+    def save_checkpoint(
+        self, model: "LM", optimizer: "torch.optim.Optimizer", at: Position, keep: int = 2
+    ) -> Path:
+        """Commit the state at `at`; all but the last `keep` checkpoints go."""
+        from glactl import checkpoints
+
+        began = time.monotonic()
+        position = asdict(at) | {"epoch": at.epoch}
+        path = checkpoints.save(
+            self.path / "checkpoints", at.step, model, optimizer, position, keep
+        )
+        self.event("save", step=at.step, seconds=round(time.monotonic() - began, 3))
+        return path
+
+    def load_checkpoint(
+        self, model: "LM", optimizer: "torch.optim.Optimizer", at: Position
+    ) -> Position:
+        """Read the newest checkpoint; returns its position.
+
+        Raises:
+            NoRun: there is none.
+            ValueError: it is damaged, or another data order than that of `at`.
+        """
+        from glactl import checkpoints
+
+        path = self.newest_checkpoint()
+        position = checkpoints.load(path, model, optimizer)
+        position.pop("epoch")
+        found = Position(**position)
+        for name in ("seed", "n_train", "fingerprint"):
+            then, now = getattr(found, name), getattr(at, name)
+            if then != now:
+                raise ValueError(f"{path} was made with {name} {then}, the data now has {now}")
+        self._rewind(found.step)
+        return found
+
+    def _rewind(self, step: int) -> None:
+        """Drop the metrics after `step`, of a process that died before it could save them."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]  # the last write may be half done
+        _replace(path, "".join(line for line in whole if json.loads(line)["step"] <= step))
+
+    def newest_checkpoint(self) -> Path:
+        """The newest committed checkpoint. Raises NoRun."""
+        from glactl import checkpoints
+
+        found = checkpoints.committed(self.path / "checkpoints")
+        if not found:
+            raise NoRun(f"{self.path} has no checkpoint")
+        return found[-1]
+
+    def load_model(
+        self, device: "torch.device | str" = "cpu"
+    ) -> "tuple[LM, Tokenizer | None, RunSpec]":
+        """The trained model in evaluation mode, its tokenizer and the spec of the run.
+
+        Raises NoRun where nothing is saved, ValueError where it is damaged.
+        """
+        from glactl import checkpoints
+        from glactl.models.lm import build_lm
+        from glactl.tasks.tokenizer import load_tokenizer
+
+        path = self.newest_checkpoint()
+        model = build_lm(self.spec.model, self.spec.seed, device=device)
+        checkpoints.load_model(path, model)
+        folder = self.path / "tokenizer"
+        tokenizer = load_tokenizer(str(folder)) if folder.exists() else None
+        return model.eval(), tokenizer, self.spec
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Add a line to metrics.jsonl."""
+        _append(self.path / "metrics.jsonl", record)
+
+    def event(self, name: str, **details: Any) -> None:
+        """Add a line to events.jsonl."""
+        _append(self.path / "events.jsonl", {"event": name, "time": _now(), **details})
+
+
+def _manifest(spec: RunSpec) -> dict[str, Any]:
+    return {
+        "glactl": __version__,
+        "created": _now(),
+        "argv": sys.argv,
+        "spec_hash": spec_hash(spec),
+        "seed": spec.seed,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _git() -> dict[str, Any] | None:
+    """The commit of this source tree and whether it was changed; None outside of a work tree."""
+    here = Path(__file__).resolve().parent
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(here), *args]
+        return subprocess.run(
+            command, check=True, capture_output=True, text=True, timeout=10
+        ).stdout
+
+    try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around us
+        commit = git("rev-parse", "HEAD").strip()
+        return {"commit": commit, "changed": bool(git("status", "--porcelain").strip())}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _tokenizer_hash(task: "Task") -> str | None:
+    """The sha256 of what the task's tokenizer saves."""
+    if task.tokenizer is None:
+        return None
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        task.tokenizer.save(Path(folder) / "tokenizer")
+        for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; lists are values."""
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= _flat(inner, f"{prefix}{key}.")
+    return flat
+
+
+def _differences(
+    then: dict[str, Any], now: dict[str, Any], free: tuple[str, ...] = ()
+) -> list[str]:
+    names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
+    return [f"{n} {then.get(n)} -> {now.get(n)}" for n in names]
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+def _append(path: Path, record: dict[str, Any]) -> None:
+    with open(path, "a") as f:
+        f.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.tmp")
+    part.write_text(text)
+    part.replace(path)

@@ -1,0 +1,191 @@
+"""The spec of a run: what to build, what to train it on, how; and how a spec is read.
+
+A field that a spec leaves out has its default, and the defaults are the preset `default`. A spec
+is read from YAML (or a preset), changed by --set, and checked whole before anything starts.
+"""
+
+import hashlib
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from glactl.models.lm import LMSpec
+from glactl.models.spec import Spec
+from glactl.spec_errors import explain
+from glactl.spec_source import Source, SpecError, apply_set, nearest, parse, read_file
+from glactl.tasks import TaskSpec
+from glactl.tasks.text import TextSpec
+
+__all__ = ["OptimSpec", "RunSpec", "SpecError", "TrainSpec", "json_schema", "load", "spec_hash"]
+
+
+class OptimSpec(Spec):
+    """AdamW and its learning rate, in steps of the optimizer.
+
+    The rate rises linearly over warmup_steps to lr. Then: cosine falls to lr * lr_min_ratio at the
+    last step; wsd stays and falls linearly to it over the last decay_fraction of the steps;
+    constant stays. Weights of two or more dimensions decay, norms and biases do not.
+    """
+
+    lr: float = Field(3e-3, gt=0)
+    lr_min_ratio: float = Field(0.1, ge=0, le=1)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    clip: float | None = Field(1.0, gt=0)  # largest norm of the whole gradient; None: no limit
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = Field(20, ge=0)
+    decay_fraction: float = Field(0.2, gt=0, le=1)  # wsd only
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not all(0 <= b < 1 for b in self.betas):
+            raise ValueError(f"betas are {list(self.betas)}; allowed: two numbers from 0 up to 1")
+        return self
+
+
+class TrainSpec(Spec):
+    """How long, in what portions, and how often to look and to save; all in optimizer steps."""
+
+    steps: int = Field(800, ge=1)
+    batch_size: int = Field(16, ge=1)  # rows a step
+    accumulate: int = Field(1, ge=1)  # micro-batches a step is cut into, to save memory
+    valid_every: int = Field(200, ge=1)
+    save_every: int = Field(200, ge=1)
+    keep_last: int = Field(2, ge=1)  # checkpoints
+    log_every: int = Field(1, ge=1)
+    stop_accuracy: float | None = Field(None, gt=0, le=1)  # end once validation accuracy passes it
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+            )
+        return self
+
+
+class RunSpec(Spec):
+    """All that a run is made from; a run is a function of it and of nothing else."""
+
+    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")  # of the run folder
+    seed: int = Field(0, ge=0)
+    model: LMSpec = LMSpec()
+    data: TaskSpec = TextSpec()
+    optim: OptimSpec = OptimSpec()
+    train: TrainSpec = TrainSpec()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        longest = self.model.max_len
+        if longest is not None and self.data.seq_len > longest:
+            raise ValueError(
+                f"data.seq_len {self.data.seq_len} is longer than model.max_len {longest}"
+            )
+        if self.model.vocab_size is not None and self.data.kind == "mqar":
+            need_vocab(self.model.vocab_size, self.data.vocab_size)
+        return self
+
+
+def need_vocab(have: int, need: int) -> None:
+    """Raise ValueError where a model has fewer rows of embeddings than its data has tokens."""
+    if have < need:
+        raise ValueError(f"model.vocab_size {have} is smaller than the data's vocabulary {need}")
+
+
+def load(
+    path: Path | str | None = None, preset: str | None = None, sets: list[str] | None = None
+) -> RunSpec:
+    """The spec at `path`, or of a preset, with the changes in `sets`; see `read`."""
+    return read(path, preset, sets)[1]
+
+
+def read(
+    path: Path | str | None = None, preset: str | None = None, sets: list[str] | None = None
+) -> tuple[str, RunSpec]:
+    """The text and the checked spec of a file or a preset.
+
+    Args:
+        path: a YAML file. None: the preset.
+        preset: the name of a preset, instead of a path; None without a path is "default".
+        sets: changes "a.b=value", applied in order.
+
+    Returns:
+        The YAML as it was written, byte for byte and without the changes, and the spec.
+
+    Raises:
+        SpecError: the spec cannot be used; one line with the place, the value, what is allowed.
+        FileNotFoundError: no such file.
+    """
+    if path is not None and preset is not None:
+        raise SpecError(f"both a spec ({path}) and --preset {preset}; give one of them")
+    text, source = _preset(preset or "default") if path is None else read_file(Path(path))
+    for setting in sets or []:
+        apply_set(source, setting, RunSpec().model_dump(mode="json"))
+    return text, check(source)
+
+
+def check(source: Source) -> RunSpec:
+    """The spec that `source` describes. Raises SpecError."""
+    try:
+        return RunSpec.model_validate(source.data)
+    except ValidationError as error:
+        raise SpecError(explain(error, RunSpec, source)) from None
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    files = resources.files("glactl").joinpath("presets").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def _preset(name: str) -> tuple[str, Source]:
+    known = presets()
+    if name not in known:
+        hint = nearest(name, known)
+        raise SpecError(f"--preset is {name!r}; allowed: {', '.join(known)}{hint}")
+    text = resources.files("glactl").joinpath("presets", f"{name}.yaml").read_text()
+    return text, parse(text, f"preset {name}")
+
+
+def canonical(spec: Spec) -> dict[str, Any]:
+    """The fields of `spec` that are not at their default, and the kind of every part shown."""
+    fields = type(spec).model_fields
+    shown: dict[str, Any] = {}
+    for name in fields:
+        value = getattr(spec, name)
+        if name == "kind" or value != fields[name].get_default(call_default_factory=True):
+            shown[name] = _plain(value)
+    return shown
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Spec):
+        return canonical(value)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    return value
+
+
+def spec_hash(spec: RunSpec) -> str:
+    """The sha256 (64 hex digits) that names what `spec` computes.
+
+    Fields at their default are left out, so that a field added later changes no hash of an older
+    spec, and so is the run's name, which changes no result.
+    """
+    shown = {k: v for k, v in canonical(spec).items() if k != "name"}
+    return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()
+
+
+def resolved_yaml(spec: RunSpec) -> str:
+    """`spec` as YAML with every default written out; `load` reads it back to an equal spec."""
+    return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of RunSpec, for editors."""
+    return RunSpec.model_json_schema()

@@ -1,0 +1,270 @@
+"""Gated linear attention with a key gate on a CUDA device: tile shapes and launches.
+
+The mathematics is in triton_gla_forward.py and triton_gla_backward.py, the cut into blocks and
+segments in triton_layout.py, the differentiable operator in triton_gla_op.py. Three launches
+forward and five backward, one more each where sequences are cut into segments.
+
+Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, A and dA kept as two bf16
+numbers, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import triton_gla_backward as backward_kernels
+from . import triton_gla_forward as forward_kernels
+from .triton_layout import BLOCK, CHUNK, Layout, cut
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's shape: columns of K and of V a program holds, warps, pipeline stages."""
+
+    K: int
+    V: int
+    warps: int
+    stages: int
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options of Triton."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The shapes of the kernels for one (K, V, precision), and of the walk over segments.
+
+    Attributes:
+        programs: programs wanted for a sweep; where sequences times heads give fewer, sequences
+            are cut into segments.
+    """
+
+    prepare: Tile
+    sweep: Tile
+    local: Tile
+    scores: Tile
+    back: Tile
+    states: Tile
+    gradients: Tile
+    exact: Tile
+    programs: int
+
+
+def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
+    """The rule: how large a tile fits the registers and shared memory at this shape."""
+    v = min(V, 64)
+    if dtype == torch.float32:
+        v = min(v, 32 if K <= 128 else 16)
+        return Tiles(
+            prepare=Tile(min(K, 32), V, 4, 1),
+            sweep=Tile(K, v, 4 if K <= 64 else 8, 1),
+            local=Tile(min(K, 64), v, 4, 1),
+            scores=Tile(K, min(V, 32), 8, 1),
+            back=Tile(K, v, 4 if K <= 64 else 8, 1),
+            states=Tile(min(K, 32), min(V, 32), 8, 1),
+            gradients=Tile(min(K, 16), V, 8, 1),
+            exact=Tile(min(K, 16), V, 8, 1),
+            programs=528,
+        )
+    if K > 256:
+        v = min(v, 32)
+    wide = K > 128
+    return Tiles(
+        prepare=Tile(min(K, 64), V, 4, 1),
+        sweep=Tile(K, v, 4, 1 if wide else 2),
+        local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
+        scores=Tile(K, min(V, 64), 8, 3),
+        back=Tile(K, v, 4, 2 if K == 256 else 1),
+        states=Tile(min(K, 64), min(V, 64), 8, 2),
+        gradients=Tile(min(K, 32), V, 8, 3),
+        exact=Tile(min(K, 32), V, 8, 2),
+        programs=528 if wide else 264,
+    )
+
+
+def operand_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """What the kernels multiply: bf16 if all of q, k, v are, else fp32."""
+    return torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+
+
+def operand_shapes(
+    blocks: int, H: int, HQ: int, K: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what `operands` returns when the backward will want it."""
+    n = 2 * blocks
+    low = (n, HQ, CHUNK, CHUNK) if dtype == torch.bfloat16 else (0,)
+    return [
+        ((n, HQ, CHUNK, K), dtype),
+        ((n, H, CHUNK, K), dtype),
+        ((n, HQ, CHUNK, CHUNK), dtype),
+        (low, dtype),
+        ((n, H, K), torch.float32),
+        ((n, H, CHUNK, K), torch.float32),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the launches of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    scale: float
+    layout: Layout
+    H: int
+    R: int
+    K: int
+    V: int
+    dtype: torch.dtype  # of the operands in memory
+    tiles: Tiles
+
+    @property
+    def split(self) -> bool:
+        """Whether A and dA are kept as two numbers."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def prec(self) -> str:
+        """How fp32 operands are multiplied."""
+        return "tf32" if self.split else "tf32x3"
+
+    @property
+    def limit(self) -> float:
+        """Decay in nats up to which one product is used: e^64 is safe in bf16 and fp32, and fp32
+        results need the running sums exact to 1e-6."""
+        return 128.0 if self.split else 16.0
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor on the inputs' device."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None,
+    rule: Tiles | None = None,
+) -> Plan:  # fmt: skip
+    """The plan for inputs (B, T, heads, width) whose widths are as `pad` leaves them."""
+    B, T, HQ, K = q.shape
+    H, V = v.shape[2:]
+    dtype = operand_dtype(q, k, v)
+    rule = rule or tiles(K, V, dtype)
+    walkers = H * (V // rule.sweep.V)
+    layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
+    return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
+
+
+def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
+    """q^, k^, A (high and low part), Ge and, if wanted, the running sums G of every chunk."""
+    n, HQ = 2 * len(p.layout.blocks), p.H * p.R
+    shapes = operand_shapes(n // 2, p.H, HQ, p.K, p.dtype)
+    qh, kh, hi, lo, ge = (p.new(*s, dtype=d) for s, d in shapes[:5])
+    G = p.new(*shapes[5][0], dtype=torch.float32) if want_sums else p.new(0)
+    t = p.tiles.prepare
+    args = (p.q, p.k, p.g, p.layout.blocks, qh, kh, G, hi, lo, ge, p.scale, p.H)
+    forward_kernels.prepare[(n * HQ,)](
+        *args, K=p.K, KB=t.K, R=p.R, STORE=want_sums, SPLIT=p.split, PREC=p.prec, **t.options
+    )
+    forward_kernels.prepare_exact[(n * HQ,)](
+        *args, K=p.K, KB=min(p.K, 16), R=p.R, STORE=want_sums, SPLIT=p.split, LIMIT=p.limit,
+        PREC=p.prec, num_warps=4,
+    )  # fmt: skip
+    return qh, kh, hi, lo, ge, G
+
+
+def segment_states(
+    p: Plan, x: Tensor, y: Tensor, ge: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Each segment's state from zero, or its gradient, and the decay over the segment."""
+    if not p.layout.split:
+        return p.new(0), p.new(0)
+    n, t = len(p.layout.segments), p.tiles.local
+    local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
+    decay = p.new(n, p.H, p.K, dtype=torch.float32)
+    forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
+        x, y, ge, p.layout.segments, local, decay, p.H,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R if reverse else 1, REVERSE=reverse, PREC=p.prec,
+        **t.options,
+    )  # fmt: skip
+    return local, decay
+
+
+def forward(
+    p: Plan, s0: Tensor | None, want_final: bool, want_states: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """o, final state, states of the blocks, and the operands."""
+    parts = qh, kh, hi, _, ge, _ = operands(p, want_states)
+    local, decay = segment_states(p, kh, p.v, ge, False)
+    n, N = len(p.layout.segments), len(p.layout.bounds)
+    o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
+    states = p.new(len(p.layout.blocks), p.H, p.K, p.V) if want_states else p.new(0)
+    final = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_final else p.new(0)
+    if want_final:  # what a sequence without rows leaves
+        final.copy_(s0) if s0 is not None else final.zero_()
+    t = p.tiles.sweep
+    forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
+        qh, kh, hi, ge, p.v, p.layout.segments, p.layout.bounds, s0, local, decay, o, states,
+        final, p.H,
+        K=p.K, V=p.V, VB=t.V, R=p.R, INITIAL=s0 is not None, LOCAL=p.layout.split,
+        STORE=want_states, FINAL=want_final, PREC=p.prec, **t.options,
+    )  # fmt: skip
+    return o, final, states, parts
+
+
+def backward(
+    p: Plan, do: Tensor, dfinal: Tensor | None, states: Tensor, parts: tuple[Tensor, ...],
+    want_initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, dg and the gradient of the initial state."""
+    qh, kh, hi, lo, ge, G = parts
+    nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
+    local, decay = segment_states(p, qh, do, ge, True)
+    t = p.tiles.back
+    dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
+    ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
+    if want_initial:
+        ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
+    backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
+        qh, kh, hi, lo, ge, do, p.layout.segments, p.layout.bounds, dfinal, local, decay, dv,
+        dstates, ds0, p.H,
+        K=p.K, V=p.V, VB=t.V, R=p.R, FINAL=dfinal is not None, LOCAL=p.layout.split,
+        INITIAL=want_initial, SPLIT=p.split, PREC=p.prec, **t.options,
+    )  # fmt: skip
+
+    t = p.tiles.scores
+    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
+    backward_kernels.score_gradient[(nb * HQ,)](
+        do, p.v, p.layout.blocks, da, p.H,
+        V=p.V, VB=t.V, R=p.R, SPLIT=p.split, PREC=p.prec, **t.options,
+    )  # fmt: skip
+
+    t = p.tiles.states
+    kept = torch.float16 if p.split else torch.float32
+    dqs = p.new(nb, HQ, BLOCK, p.K, dtype=kept)
+    dks = p.new(nb, p.H, BLOCK, p.K, dtype=kept)
+    sizes = p.new(nb, HQ, p.K // t.K, 2, dtype=torch.float32)
+    through = p.new(nb, p.H, p.K, dtype=torch.float32)
+    backward_kernels.state_gradients[(nb * HQ * (p.K // t.K),)](
+        do, p.v, states, dstates, p.layout.blocks, dqs, dks, sizes, through, p.H,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, PREC=p.prec, **t.options,
+    )  # fmt: skip
+    del dstates
+
+    dq, dk, dg = torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.g)
+    wide, t = t.K, p.tiles.gradients
+    backward_kernels.gradients[(nb * p.H * (p.K // t.K),)](
+        p.q, p.k, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
+        K=p.K, KB=t.K, R=p.R, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec, **t.options,
+    )  # fmt: skip
+    narrow, t = t.K, p.tiles.exact
+    backward_kernels.gradients_exact[(nb * p.H,)](
+        p.q, p.k, p.g, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
+        K=p.K, KB=t.K, R=p.R, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec, NARROW=narrow, KS=wide,
+        **t.options,
+    )  # fmt: skip
+    return dq, dk, dv, dg, ds0

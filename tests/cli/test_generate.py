@@ -1,0 +1,166 @@
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from glactl.cli import app
+from glactl.generate import generate, read_prompts
+from glactl.models.decode import Sampling
+from glactl.models.lm import LMSpec, build_lm
+from glactl.tasks.tokenizer import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+PROMPTS = ["The heron", "", "a longer prompt, été", "x"]
+
+
+@pytest.fixture
+def glactl(tmp_path, monkeypatch):
+    """Run the command line in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return lambda *args: CliRunner().invoke(app, [str(a) for a in args])
+
+
+def build(mixer, **fields):
+    data = {"d_model": 16, "n_layers": 2, "init_std": 0.3, "vocab_size": 259, **fields}
+    spec = LMSpec.model_validate(data | {"mixer": {"kind": mixer, "heads": 2}})
+    return build_lm(spec, 0, dtype=torch.float64).eval()
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gla", "gsa"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, top_k=20, top_p=0.9, seed=3)])
+def test_a_batch_of_ragged_prompts_equals_single_prompts(mixer, sampling):
+    lm = build(mixer)
+    together = generate(lm, TOKENIZER, PROMPTS, 12, sampling)
+    single = [generate(lm, TOKENIZER, [p], 12, sampling, rows=[i]) for i, p in enumerate(PROMPTS)]
+    assert together.texts == [one.texts[0] for one in single]
+    assert together.prompt_tokens == sum(one.prompt_tokens for one in single)
+    assert together.tokens == sum(one.tokens for one in single)
+
+
+def test_what_is_shown_adds_up_to_the_text():
+    shown = [""] * len(PROMPTS)
+
+    def show(row, text):
+        shown[row] += text
+
+    made = generate(build("gla"), TOKENIZER, PROMPTS, 40, Sampling(1.0), ["e"], show=show)
+    assert shown == made.texts
+    assert all("e" not in text for text in shown)
+
+
+def test_the_state_of_a_linear_mixer_does_not_grow():
+    lm = build("gla")
+    sizes = {generate(lm, TOKENIZER, ["x" * n], 1).state_bytes for n in (1, 10, 200)}
+    assert len(sizes) == 1
+    assert sizes.pop() > 0
+
+
+def test_no_tokens():
+    made = generate(build("gla"), TOKENIZER, ["x"], 0)
+    assert (made.texts, made.tokens) == ([""], 0)
+
+
+def test_learned_positions_are_a_limit():
+    lm = build("attention", positions="learned", max_len=10)
+    assert generate(lm, TOKENIZER, ["12345678"], 3).tokens == 3
+    with pytest.raises(ValueError, match=r"a prompt of 8 tokens and max_tokens 4 .* max_len 10"):
+        generate(lm, TOKENIZER, ["12345678"], 4)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "max_tokens", "message"),
+    [([], 1, "prompts is empty"), (["x"], -1, "max_tokens is -1; allowed: 0 or more")],
+)
+def test_arguments_out_of_range(prompts, max_tokens, message):
+    with pytest.raises(ValueError, match=message):
+        generate(build("gla"), TOKENIZER, prompts, max_tokens)
+
+
+def test_one_prompt_is_streamed(glactl, byte_run):
+    done = glactl("generate", byte_run.path, "--prompt", "The ", "-n", 20, "--seed", 1)
+    assert done.exit_code == 0, done.output
+    assert done.stdout.startswith("The ")
+    assert done.stdout.endswith("\n")
+    lm, tokenizer, _ = byte_run.load_model()
+    (text,) = generate(lm, tokenizer, ["The "], 20, Sampling(0.8, seed=1)).texts
+    assert done.stdout == f"The {text}\n"
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("prefill 4 tokens in ")
+    assert " tokens/s; state " in line
+    assert glactl("generate", byte_run.path, "--prompt", "The ", "-n", 20, "--seed", 1).stdout == (
+        done.stdout
+    )
+
+
+def test_no_prompt_begins_a_text_with_the_newest_run(glactl, byte_run, tmp_path):
+    done = glactl("generate", "-n", 5, "--temperature", 0)
+    assert done.exit_code == 0, done.output
+    assert f"run {byte_run.path.relative_to(tmp_path)} (the newest)" in done.stderr
+    assert "prefill 1 tokens" in done.stderr
+
+
+def test_many_prompts_as_json_and_as_text(glactl, byte_run, tmp_path):
+    (tmp_path / "more.jsonl").write_text('"three"\n\n{"prompt": "four"}\n{"text": "five"}\n')
+    args = ["generate", "-p", "one", "-p", "two", "--prompts", "more.jsonl", "-n", 6]
+    done = glactl(*args, "--json", "--top-k", 5, "--top-p", 0.9, "--stop", "\n")
+    assert done.exit_code == 0, done.output
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["prompt"] for line in lines] == ["one", "two", "three", "four", "five"]
+    done = glactl(*args)
+    assert "--- 1\none" in done.stdout
+    assert "\n--- 5\nfive" in done.stdout
+
+
+def test_prompts_from_a_text_file(tmp_path):
+    path = tmp_path / "p.txt"
+    path.write_text("first\n\n second \n")
+    assert read_prompts(path) == ["first", " second "]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("p.jsonl", b"{", r"p.jsonl:1: not JSON: "),
+        ("p.jsonl", b'"a"\n[1]', r'p.jsonl:2: neither a string nor an object with "prompt"'),
+        ("p.jsonl", b'{"question": "x"}', r"p.jsonl:1: neither a string"),
+        ("p.txt", b"\xff\xfe", r"p.txt: not UTF-8 text \(byte 0\)"),
+        ("p.txt", b"\n\n", r"p.txt has no prompts"),
+    ],
+)
+def test_files_that_hold_no_prompts(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--temperature", "-1"], "error: temperature is -1.0; allowed: 0 or more"),
+        (["--top-k", "0"], "error: top_k is 0; allowed: 1 or more"),
+        (["--top-p", "2"], "error: top_p is 2.0; allowed: more than 0, at most 1"),
+        (["--max-tokens", "-3"], "error: max_tokens is -3; allowed: 0 or more"),
+        (["--prompts", "gone.txt"], "error: no file of prompts at gone.txt"),
+        (["nowhere"], "error: nowhere is not a run folder"),
+        (["--device", "tpu"], "error: device 'tpu' is not known"),
+    ],
+)
+def test_errors_are_one_line(glactl, byte_run, args, message):
+    done = glactl("generate", *args)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_a_run_without_a_tokenizer(glactl, byte_run):
+    (byte_run.path / "tokenizer").rename(byte_run.path / "gone")
+    done = glactl("generate")
+    assert done.exit_code == 2
+    assert "has no tokenizer, its data is not text" in done.stderr
+
+
+def test_without_any_run(glactl):
+    done = glactl("generate")
+    assert done.exit_code == 2
+    assert "error: no run with a checkpoint in runs; make one: glactl train" in done.stderr

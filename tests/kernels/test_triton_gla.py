@@ -1,0 +1,233 @@
+"""The Triton engine of gated linear attention with a key gate against the recurrence in fp64."""
+
+import dataclasses
+import os
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+pytest.importorskip("triton")
+from glactl.kernels import triton_gla
+from glactl.kernels.triton_gla_op import _forward, gla_key
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+pytestmark = pytest.mark.skipif(
+    not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET"
+)
+NAMES = ("q", "k", "v", "gk", "initial_state")
+
+
+def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[Tensor, Tensor]:
+    """S_t = diag(exp g_t) S_{t-1} + k_t v_t^T and o_t = K^-1/2 S_t^T q_t, token after token."""
+    B, T, HQ, K = q.shape
+    H = v.shape[2]
+    o = []
+    for t in range(T):
+        S = g[:, t].exp()[..., None] * S + k[:, t, :, :, None] * v[:, t, :, None, :]
+        q_t = q[:, t].reshape(B, H, HQ // H, K)
+        o.append(K**-0.5 * torch.einsum("bhrk,bhkv->bhrv", q_t, S).flatten(1, 2))
+    return torch.stack(o, 1), S
+
+
+def gates(kind: float | str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Log-sigmoid over `kind`; "mixed" adds gates of -30 and -inf; "closed" is -inf throughout."""
+    x = torch.randn(shape, generator=generator)
+    if kind == "closed":
+        return torch.full(shape, -torch.inf)
+    if kind == "mixed":
+        g, u = F.logsigmoid(x) / 16, torch.rand(shape, generator=generator)
+        return g.masked_fill(u < 0.1, -30.0).masked_fill(u < 0.05, -torch.inf)
+    return F.logsigmoid(x) / kind
+
+
+def inputs(
+    B: int, T: int, H: int, R: int, K: int, V: int, gate: float | str, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor]]:
+    """q, k, v, gk, initial state; gradients of the output and of the final state."""
+    generator = torch.Generator().manual_seed(T + 1000 * K)
+    randn = lambda *s: torch.randn(*s, generator=generator)  # noqa: E731
+    q, k, v = randn(B, T, H * R, K), randn(B, T, H, K), randn(B, T, H, V)
+    g = gates(gate, (B, T, H, K), generator)
+    s0, do, ds = randn(B, H, K, V), randn(B, T, H * R, V), randn(B, H, K, V)
+    xs = [x.to(DEVICE, dtype) for x in (q, k, v, g)]
+    return [*xs, s0.to(DEVICE)], [do.to(DEVICE, dtype), ds.to(DEVICE)]
+
+
+def with_gradients(op, xs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    """o, the final state and the gradients of all inputs."""
+    xs = [x.detach().clone().requires_grad_() for x in xs]
+    out = op(*xs)
+    loss = sum((a.double() * b.double()).sum() for a, b in zip(out, grads, strict=True))
+    return [*out, *torch.autograd.grad(loss, xs)]
+
+
+def engine(*xs: Tensor, **options) -> tuple[Tensor, Tensor | None]:
+    q, k, v, g, s0 = xs
+    return gla_key(q, k, v, g, initial_state=s0, output_final_state=True, **options)
+
+
+def rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_as_good_as_recurrence(xs: list[Tensor], grads: list[Tensor], dtype: torch.dtype) -> None:
+    """Truth is the recurrence in fp64. The engine may err twice as much as the recurrence errs in
+    the inputs' dtype, plus, of each result, two roundings to that dtype and the random walk of T
+    fp32 sums; -inf has no gradient in the recurrence, and none is compared there."""
+    truth = with_gradients(recurrence, [x.double() for x in xs], [x.double() for x in grads])
+    plain = with_gradients(recurrence, [x.to(dtype) for x in xs], [x.to(dtype) for x in grads])
+    ours = with_gradients(engine, xs, grads)
+    steps = xs[0].shape[1]
+    eps = torch.finfo(dtype).eps + steps**0.5 * torch.finfo(torch.float32).eps
+    names = ("o", "final_state", *(f"d{n}" for n in NAMES))
+    for name, t, p, x in zip(names, truth, plain, ours, strict=True):
+        assert torch.isfinite(x).all(), f"{name} is not finite"
+        t, p = torch.nan_to_num(t), torch.nan_to_num(p)
+        error, allowed = rms(x - t), 2 * rms(p - t) + 2 * eps * max(rms(t), 1e-30)
+        assert error <= allowed, f"{name}: rms error {error:.2e} > {allowed:.2e} allowed"
+
+
+@pytest.fixture(autouse=True)
+def poisoned():
+    """Uninitialised memory holds NaN, so that an element nobody writes is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+# Mild gates (48) carry the state across blocks; 1 passes the fp32 range of one product and takes
+# the halving; 0.1, mixed and closed have gates whose exponential is 0.
+CASES = [
+    (1, 1, 1, 1, 16, 16, 48.0),
+    (2, 65, 1, 1, 16, 16, 48.0),
+    (1, 130, 2, 1, 16, 32, 48.0),
+    (1, 130, 1, 2, 16, 16, 16.0),
+    (1, 129, 1, 1, 32, 16, 1.0),
+    (1, 130, 1, 1, 16, 16, 0.1),
+    (1, 130, 1, 1, 16, 16, "mixed"),
+    (1, 70, 1, 1, 16, 16, "closed"),
+    (1, 67, 1, 1, 5, 7, 48.0),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_fp32_matches_the_fp64_recurrence(case) -> None:
+    assert_as_good_as_recurrence(*inputs(*case, torch.float32), torch.float32)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("gate", [48.0, 16.0, 1.0, 0.1, "mixed"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 300, 2, 1, 256, 512), (2, 300, 2, 1, 128, 256), (1, 200, 2, 2, 64, 64)],
+    ids=str,
+)
+def test_gpu_matches_the_fp64_recurrence(shape, gate, dtype) -> None:
+    if dtype != torch.bfloat16 and shape[4] > 64:
+        pytest.skip("fp32 operands are for small heads")
+    assert_as_good_as_recurrence(*inputs(*shape, gate, dtype), dtype)
+
+
+def _close(a: Tensor, b: Tensor, name: str) -> None:
+    """Equal up to the order of fp32 sums of T terms."""
+    eps = torch.finfo(torch.float32).eps
+    assert rms(a - b) <= 2 * 300**0.5 * eps * rms(b), name
+
+
+def _want_programs(monkeypatch, programs: int) -> None:
+    """Many programs cut sequences into segments of one block; one keeps them whole."""
+    rule = triton_gla.tiles
+    monkeypatch.setattr(
+        triton_gla, "tiles", lambda *a: dataclasses.replace(rule(*a), programs=programs)
+    )
+
+
+def test_segments_equal_one_walk(monkeypatch) -> None:
+    xs, grads = inputs(2, 300, 1, 2, 16, 16, 48.0, torch.float32)
+    _want_programs(monkeypatch, 1)
+    assert not triton_gla.plan(*xs[:4], 1.0, None).layout.split
+    whole = with_gradients(engine, xs, grads)
+    _want_programs(monkeypatch, 10**9)
+    assert triton_gla.plan(*xs[:4], 1.0, None).layout.split
+    for name, a, b in zip(range(7), with_gradients(engine, xs, grads), whole, strict=True):
+        _close(a, b, str(name))
+
+
+@pytest.mark.parametrize("programs", [1, 10**9])
+def test_packed_sequences_equal_separate_ones(monkeypatch, programs) -> None:
+    bounds = [0, 140, 140, 141, 300]  # the second is empty
+    _want_programs(monkeypatch, programs)
+    (q, k, v, g, _), (do, _) = inputs(1, 300, 2, 1, 16, 16, 48.0, torch.float32)
+    _, (_, many) = inputs(4, 1, 2, 1, 16, 16, 48.0, torch.float32)
+    s0, ds = many.flip(0), many
+    cu = torch.tensor(bounds, dtype=torch.int32, device=DEVICE)
+
+    def packed(*xs):
+        return engine(*xs, cu_seqlens=cu)
+
+    ours = with_gradients(packed, [q, k, v, g, s0], [do, ds])
+    for n, (a, b) in enumerate(pairwise(bounds)):
+        if a == b:
+            assert torch.equal(ours[1][n], s0[n])
+            assert torch.equal(ours[6][n], ds[n])
+            continue
+        xs = [x[:, a:b] for x in (q, k, v, g)] + [s0[n : n + 1]]
+        alone = with_gradients(engine, xs, [do[:, a:b], ds[n : n + 1]])
+        for i in (0, 2, 3, 4, 5):
+            _close(ours[i][:, a:b], alone[i], f"{n} {i}")
+        _close(ours[1][n], alone[1][0], f"{n} final")
+        _close(ours[6][n], alone[6][0], f"{n} initial")
+
+
+def test_a_state_handed_over_continues_the_sequence() -> None:
+    (q, k, v, g, s0), _ = inputs(1, 200, 1, 1, 16, 16, 48.0, torch.float32)
+    o, final = engine(q, k, v, g, s0)
+    first, middle = engine(*(x[:, :77] for x in (q, k, v, g)), s0)
+    second, last = engine(*(x[:, 77:] for x in (q, k, v, g)), middle)
+    _close(torch.cat([first, second], 1), o, "o")
+    _close(last, final, "final")
+
+
+def test_without_states_or_gradients() -> None:
+    (q, k, v, g, s0), _ = inputs(1, 70, 1, 1, 16, 16, 48.0, torch.float32)
+    o, none = gla_key(q, k, v, g)
+    zero, _ = engine(q, k, v, g, torch.zeros_like(s0))
+    assert none is None
+    _close(o, zero, "o")
+
+
+def test_operator_has_a_fake_of_the_same_shapes() -> None:
+    (q, k, v, g, s0), _ = inputs(2, 130, 1, 2, 16, 16, 48.0, torch.float32)
+    for cu in (None, torch.tensor([0, 3, 130], device=DEVICE)):
+        b = 2 if cu is None else 1
+        xs = [x[:b] for x in (q, k, v, g)]
+        args = (*xs, 0.25, s0[:2], cu, True, True)
+        torch.library.opcheck(_forward, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    xs, grads = inputs(1, 70, 1, 1, 16, 16, 48.0, torch.float32)
+    compiled = torch.compile(engine, backend="aot_eager", fullgraph=True)
+    eager = with_gradients(engine, xs, grads)
+    for a, b in zip(with_gradients(compiled, xs, grads), eager, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+def test_runs_are_bit_equal_and_can_be_captured() -> None:
+    xs, grads = inputs(1, 2048, 2, 1, 128, 256, 16.0, torch.bfloat16)
+    first = with_gradients(engine, xs, grads)
+    for a, b in zip(first, with_gradients(engine, xs, grads), strict=True):
+        assert torch.equal(a, b)
+    graph = torch.cuda.CUDAGraph()
+    with torch.no_grad(), torch.cuda.graph(graph):
+        o, _ = engine(*xs)
+    graph.replay()
+    assert torch.equal(o, first[0])
