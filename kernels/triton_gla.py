@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import triton_gla_backward as backward_kernels
-from . import triton_gla_forward as forward_kernels
-from .triton_layout import BLOCK, CHUNK, Layout, cut
+from glactl.kernels import triton_gla_backward as backward_kernels
+from glactl.kernels import triton_gla_forward as forward_kernels
+from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ come from the same rounded operands. The products (4) take dA as the sum of two 
 import triton
 import triton.language as tl
 
-from .triton_gla_forward import FLOOR, halving, prefix_sums, start_state, sums
+from glactl.kernels.triton_gla_forward import FLOOR, halving, prefix_sums, start_state, sums
 
 
 @triton.jit

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import triton_gla
-from .triton_layout import block_count
+from glactl.kernels import triton_gla
+from glactl.kernels.triton_layout import block_count
 
 
 def _run_forward(

@@ -19,6 +19,7 @@ from typing import Any
 import yaml
 
 from glactl.tasks.errors import DataUnavailable
+from glactl.tasks.hub import reach, reason
 
 PROTOCOL = "stock"  # the prompts and metrics of lm-eval's own tasks
 ALIASES: dict[str, tuple[str, ...]] = {  # our name -> lm-eval's
@@ -93,36 +94,22 @@ def write_tasks(tasks: list[str], folder: Path, data: Path | None = None) -> Non
 
 
 def reach_data(tasks: list[str]) -> None:
-    """Find out at once whether the hub answers; where it does not, only its cache is used.
-
-    Without this every data set is asked for five times with growing pauses, 23 s in all.
-    """
+    """Find out at once whether the hub has the tasks' data; see `hub.reach`."""
     import datasets
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
 
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            asked = next(filter(None, map(hub_name, tasks)), "EleutherAI/lambada_openai")
-            HfApi().dataset_info(asked, timeout=5)
-            return
-        except Exception as error:
-            if getattr(error, "response", None) is not None:
-                return  # an answer, if not the one wished for: the hub is there
-    constants.HF_HUB_OFFLINE = True
-    datasets.config.HF_HUB_OFFLINE = True
+    reach("dataset", next(filter(None, map(hub_name, tasks)), "EleutherAI/lambada_openai"))
+    datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
 
 
 def unavailable(error: Exception, task: str) -> DataUnavailable:
     """The one-line error for the data set of `task`, which could not be loaded."""
-    from huggingface_hub import constants
-
-    reason = "the hub does not answer and the cache lacks it"
-    if not constants.HF_HUB_OFFLINE:
-        reason = " ".join(str(error).split())[:160]
     if is_group(task):
-        return DataUnavailable(f"a data set of {task}: {reason}; with a network it can be had")
+        return DataUnavailable(
+            f"a data set of {task}: {reason(error)}; with a network it can be had"
+        )
     return DataUnavailable(
-        f"data set {hub_name(task)} of task {task}: {reason}; give --data-dir DIR with "
+        f"data set {hub_name(task)} of task {task}: {reason(error)}; give --data-dir DIR with "
         f"DIR/{_folder(task)}/*.jsonl, or --sample for a few rows of our own, or a network"
     )
 

@@ -1,0 +1,50 @@
+"""Which engine runs an operator, and in what precision."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+Backend = Literal["chunked", "reference", "triton"]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def pick_backend(device: torch.device | str, backend: str | None = None) -> Backend:
+    """The engine that the operators run on `device`.
+
+    Args:
+        device: where the tensors are.
+        backend: None for the fastest, or the one wanted.
+
+    Returns:
+        "triton" on a CUDA device where Triton is installed, else "chunked"; `backend` if given.
+        What "triton" has no kernels for runs chunked: see the operators.
+
+    Raises:
+        ValueError: no such backend, or "triton" without a CUDA device or without Triton.
+    """
+    if backend not in (None, *get_args(Backend)):
+        raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}, None")
+    device = torch.device(device)
+    usable = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    if backend == "triton" and not usable:
+        raise ValueError(f"backend is 'triton' on {device}; allowed: a CUDA device, with Triton")
+    return backend or ("triton" if usable else "chunked")  # type: ignore[return-value]
+
+
+def full_precision(function: Callable[P, R]) -> Callable[P, R]:
+    """The function outside of autocast, which would round states and products to bf16."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **options: P.kwargs) -> R:
+        kind = next(x.device.type for x in (*args, *options.values()) if isinstance(x, Tensor))
+        if not torch.is_autocast_enabled(kind):
+            return function(*args, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(*args, **options)
+
+    return run

@@ -1,0 +1,228 @@
+"""Gated slot attention on a CUDA device: tile shapes and launches.
+
+The mathematics is in triton_gsa_forward.py and triton_gsa_backward.py, the cut into blocks and
+segments in triton_layout.py, the differentiable operator in triton_gsa_op.py. Four launches
+forward and four backward, one more each where sequences are cut into segments.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glactl.kernels import triton_gsa_backward as backward_kernels
+from glactl.kernels import triton_gsa_forward as forward_kernels
+from glactl.kernels.triton_gla import operand_dtype
+from glactl.kernels.triton_layout import BLOCK, Layout, cut
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's shape: columns of K, V or [K | V] in a step, warps, pipeline stages."""
+
+    columns: int
+    warps: int
+    stages: int
+    slots: int = 16
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options of Triton."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The shapes of the kernels for one (K, V, M, precision).
+
+    Attributes:
+        slots: columns are slots here.
+        walk: of the states and of their gradients, summaries of segments included.
+        programs: programs wanted for a walk; where sequences times heads times tiles give fewer,
+            sequences are cut into segments.
+    """
+
+    slots: Tile
+    walk: Tile
+    outputs: Tile
+    logits: Tile
+    gradients: Tile
+    programs: int
+
+
+def tiles(K: int, V: int, M: int, dtype: torch.dtype) -> Tiles:
+    """The rule: how large a tile fits the registers and shared memory at this shape."""
+    least = min(K, V)
+    c = min(least, 64)
+    return Tiles(
+        slots=Tile(min(M, 32), 4, 1),
+        walk=Tile(c, 4, 3),
+        outputs=Tile(c, 8, 2),
+        logits=Tile(c, 8, 2),
+        gradients=Tile(c, 8, 2),
+        programs=528,
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the launches of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    s: Tensor | None
+    g: Tensor
+    scale: float
+    slots: int  # those of the caller, the first of the M here
+    layout: Layout
+    H: int
+    R: int
+    K: int
+    V: int
+    M: int
+    dtype: torch.dtype  # of the operands in memory
+    tiles: Tiles
+
+    @property
+    def split(self) -> bool:
+        """Whether A2 is kept as two numbers."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def prec(self) -> str:
+        """How fp32 operands are multiplied."""
+        return "tf32" if self.split else "tf32x3"
+
+    @property
+    def limit(self) -> float:
+        """Decay in nats up to which one pair of factors is used, as of the key gate's engine."""
+        return 128.0 if self.split else 16.0
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor on the inputs' device."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor, scale: float, slots: int,
+    cu_seqlens: Tensor | None,
+) -> Plan:  # fmt: skip
+    """The plan for inputs (B, T, heads, width) whose widths are as `gsa_fused` leaves them."""
+    B, T, HQ, K = q.shape
+    H, V = v.shape[2:]
+    M = g.shape[3]
+    dtype = operand_dtype(q, k, v)
+    rule = tiles(K, V, M, dtype)
+    walkers = H * ((K + V) // rule.walk.columns)
+    layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
+    return Plan(q, k, v, s, g, scale, slots, layout, H, HQ // H, K, V, M, dtype, rule)
+
+
+def saved_shapes(
+    blocks: int, H: int, HQ: int, K: int, V: int, M: int, dtype: torch.dtype
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of what `forward` keeps for the backward."""
+    parts = 1 + (dtype == torch.bfloat16)
+    return [
+        ((blocks, H, BLOCK, M), dtype),  # s^
+        ((blocks, H, BLOCK, M), torch.float32),  # G
+        ((blocks, H, M), torch.float32),  # Ge
+        ((blocks, H, M, K + V), dtype),  # S1, S2
+        ((blocks, HQ, BLOCK, M), torch.float32),  # p
+        ((blocks, HQ, BLOCK, BLOCK), dtype),  # A1
+        ((blocks, HQ, parts, BLOCK, BLOCK), dtype),  # A2
+        ((blocks, HQ, BLOCK, M), dtype),  # the state's part of z
+        ((blocks, HQ, BLOCK, M), dtype),  # p e^G
+    ]
+
+
+def walk(
+    p: Plan, x1: Tensor, y1: Tensor, x2: Tensor, y2: Tensor, ge: Tensor, start: Tensor | None,
+    states: Tensor, last: Tensor | None, reverse: bool,
+) -> None:  # fmt: skip
+    """Fills `states`, before each block or (reverse) after it, and `last`, both in place.
+
+    `last` receives what a sequence's walk ends with; `start` is what it starts from, None for zero.
+    """
+    t, width = p.tiles.walk, p.K + p.V
+    n = len(p.layout.segments)
+    local, decay = p.new(0), p.new(0)
+    if last is not None:  # what a sequence without rows leaves
+        last.copy_(start) if start is not None else last.zero_()
+    if p.layout.split:
+        local = p.new(n, p.H, p.M, width, dtype=torch.float32)
+        decay = p.new(n, p.H, p.M, dtype=torch.float32)
+    for summary in (True, False) if p.layout.split else (False,):
+        forward_kernels.walk[(n * p.H * (width // t.columns),)](
+            x1, y1, x2, y2, ge, p.layout.segments, p.layout.bounds, start, local, decay, states,
+            last, p.H,
+            M=p.M, W1=p.K, W2=p.V, WB=t.columns, R=p.R if reverse else 1, REVERSE=reverse,
+            SUMMARY=summary, INITIAL=start is not None and not summary,
+            LOCAL=p.layout.split and not summary, LAST=last is not None and not summary,
+            PREC=p.prec, **t.options,
+        )  # fmt: skip
+
+
+def forward(
+    p: Plan, start: Tensor | None, want_final: bool, save: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """o, the final states (N, H, M, K + V) as [S1 | S2], and what the backward needs."""
+    nb, HQ = len(p.layout.blocks), p.H * p.R
+    shapes = saved_shapes(nb, p.H, HQ, p.K, p.V, p.M, p.dtype)
+    # without a backward, only the first five exist
+    kept = [p.new(*s, dtype=d) if save or j < 5 else p.new(0) for j, (s, d) in enumerate(shapes)]
+    sh, G, ge, states, *rest = kept
+    t = p.tiles.slots
+    forward_kernels.slots[(nb * p.H * (p.M // t.columns),)](
+        p.s, p.g, p.layout.blocks, sh, G, ge, p.H,
+        M=p.M, MB=t.columns, GIVEN=p.s is not None, **t.options,
+    )  # fmt: skip
+    final = p.new(0)
+    if want_final:
+        final = p.new(len(p.layout.bounds), p.H, p.M, p.K + p.V, dtype=torch.float32)
+    walk(p, sh, p.k, sh, p.v, ge, start, states, final if want_final else None, False)
+    o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
+    t = p.tiles.outputs
+    for exact in (False, True):
+        forward_kernels.outputs[(nb * HQ,)](
+            p.q, p.k, p.v, p.s, p.g, p.layout.blocks, G, ge, states, o, *rest, p.scale, p.slots,
+            p.H,
+            K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=p.s is not None,
+            SAVE=save, SPLIT=p.split, EXACT=exact, LIMIT=p.limit, PREC=p.prec, **t.options,
+        )  # fmt: skip
+    return o, final, kept
+
+
+def backward(
+    p: Plan, do: Tensor, dfinal: Tensor | None, kept: list[Tensor], want_initial: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv, ds (empty where s is not given), dg and the initial states' gradient."""
+    sh, G, ge, states, prob, a1, a2, zs, x2 = kept
+    nb, HQ = len(p.layout.blocks), p.H * p.R
+    given = p.s is not None
+    da1, x1 = torch.empty_like(a1), torch.empty_like(x2)
+    dp, ds_part, dg_part = (torch.empty_like(prob) for _ in range(3))
+    whole = p.new(nb, HQ, p.M, dtype=torch.float32)
+    t = p.tiles.logits
+    for exact in (False, True):
+        backward_kernels.logit_gradients[(nb * HQ,)](
+            do, p.v, p.s, p.g, p.layout.blocks, G, ge, states, prob, a1, zs, dp, da1, x1, ds_part,
+            dg_part, whole, p.scale, p.H,
+            K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=given, SPLIT=p.split, EXACT=exact,
+            LIMIT=p.limit, PREC=p.prec, **t.options,
+        )  # fmt: skip
+    dstates, dstart = torch.empty_like(states), p.new(0)
+    if want_initial:
+        dstart = p.new(len(p.layout.bounds), p.H, p.M, p.K + p.V, dtype=torch.float32)
+    walk(p, x1, p.q, x2, do, ge, dfinal, dstates, dstart if want_initial else None, True)
+    dq, dk, dv, dg = (torch.empty_like(x) for x in (p.q, p.k, p.v, p.g))
+    ds = p.new(0) if p.s is None else torch.empty_like(p.s)
+    t = p.tiles.gradients
+    backward_kernels.gradients[(nb * p.H,)](
+        p.q, p.k, p.v, do, p.s, p.g, p.layout.blocks, sh, ge, states, dstates, a2, da1, x1,
+        ds_part, dg_part, whole, dq, dk, dv, ds, dg, p.H,
+        K=p.K, V=p.V, M=p.M, KB=t.columns, VB=t.columns, R=p.R, GIVEN=given, SPLIT=p.split,
+        PREC=p.prec, **t.options,
+    )  # fmt: skip
+    return dq, dk, dv, ds, dg, dstart

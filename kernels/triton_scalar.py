@@ -1,0 +1,243 @@
+"""Gated linear attention with a scalar decay, or none, on a CUDA device: tile shapes and launches.
+
+The mathematics is in triton_scalar_forward.py and triton_scalar_backward.py, the cut into blocks
+and segments in triton_layout.py, the differentiable operator in triton_scalar_op.py. Two launches
+forward (three with segments) and three backward, one more with segments and one more where the
+decay wants a gradient.
+
+Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A and dA kept as two
+bf16 numbers, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
+
+Predicted for K 256, V 512, 4 heads, 32,768 tokens, T 2048, bf16: megabytes to and from memory,
+their time at 3.02 TB/s, and the time expected of the kernel from its key-gate counterpart's (in
+brackets; measured on an H100). Not measured yet.
+
+    scores           q k 134, A 67                            201   0.07 ms   0.09 (0.24)
+    sweep            q k 134, A 34, v o 268, S 268            704   0.23      0.46 (0.43)
+    sweep_back       q k 134, A 67, do dv 268, D 268          737   0.24      0.57 (0.54)
+    score_gradient   do v 268, dA 67                          335   0.11      0.13 (0.13)
+    gradients        do v 268, S D 537, dA 67, q k dq dk 268 1140   0.38      0.48 (0.99)
+    gate_gradient    shares 6                                   7   0.00      0.01
+                                                             3124   1.03      1.74 (2.33)
+
+The sweeps at K 256 take 8 warps, which fit the registers; with 4 they spill 312 and 468 bytes, yet
+the key gate's are faster so (0.43 against 0.48, 0.54 against 0.57): measure both.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from glactl.kernels import triton_scalar_backward as backward_kernels
+from glactl.kernels import triton_scalar_forward as forward_kernels
+from glactl.kernels.triton_gla import Tile, operand_dtype
+from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
+
+TWO_BLOCKS = {"maxnreg": 128}  # registers a thread, so that two blocks share a multiprocessor
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The shapes of the kernels for one (K, V, precision), and of the walk over segments.
+
+    Attributes:
+        programs: programs wanted for a sweep; where sequences times heads give fewer, sequences
+            are cut into segments.
+    """
+
+    scores: Tile
+    local: Tile
+    sweep: Tile
+    back: Tile
+    score_gradient: Tile
+    gradients: Tile
+    programs: int
+
+
+def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
+    """The rule: how large a tile fits the registers and shared memory at this shape."""
+    v = min(V, 64)
+    if dtype == torch.float32:
+        v = min(v, 32 if K <= 128 else 16)
+        return Tiles(
+            scores=Tile(min(K, 32), V, 4, 1),
+            local=Tile(min(K, 64), v, 4, 1),
+            sweep=Tile(K, v, 4 if K <= 64 else 8, 1),
+            back=Tile(K, v, 4 if K <= 64 else 8, 1),
+            score_gradient=Tile(K, min(V, 32), 8, 1),
+            gradients=Tile(min(K, 32), min(V, 32), 8, 1),
+            programs=528,
+        )
+    if K > 256:
+        v = min(v, 32)
+    wide = K > 128
+    return Tiles(
+        scores=Tile(min(K, 64), V, 4, 3),
+        local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
+        sweep=Tile(K, v, 8 if wide else 4, 1 if K > 256 else 2),
+        back=Tile(K, v, 8 if wide else 4, 1),
+        score_gradient=Tile(K, min(V, 64), 8, 3),
+        gradients=Tile(min(K, 64), min(V, 64), 8, 2),
+        programs=528 if wide else 264,
+    )
+
+
+def gate_kind(g: Tensor | None) -> int:
+    """GATE of the kernels: 0 no decay, 1 one number a head, 2 one a token and head."""
+    return 0 if g is None else 1 if g.dim() == 1 else 2
+
+
+def saved_shapes(
+    blocks: int, H: int, HQ: int, dtype: torch.dtype, want_low: bool
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of A (high and low part) and of the running sums of the decays."""
+    n = 2 * blocks
+    low = (n, HQ, CHUNK, CHUNK) if want_low and dtype == torch.bfloat16 else (0,)
+    return [
+        ((n, HQ, CHUNK, CHUNK), dtype),
+        (low, dtype),
+        ((n, H, 2, CHUNK), torch.float32),
+    ]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the launches of one call share."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    g: Tensor | None
+    scale: float
+    layout: Layout
+    H: int
+    R: int
+    K: int
+    V: int
+    dtype: torch.dtype  # of the operands
+    tiles: Tiles
+
+    @property
+    def split(self) -> bool:
+        """Whether A and dA are kept as two numbers."""
+        return self.dtype == torch.bfloat16
+
+    @property
+    def common(self) -> dict[str, int | str]:
+        """What every kernel is compiled for."""
+        prec = "tf32" if self.split else "tf32x3"
+        return {"R": self.R, "GATE": gate_kind(self.g), "PREC": prec}
+
+    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """An uninitialised tensor on the inputs' device."""
+        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
+
+
+def plan(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, cu_seqlens: Tensor | None
+) -> Plan:
+    """The plan for inputs (B, T, heads, width) whose widths are powers of two."""
+    B, T, HQ, K = q.shape
+    H, V = v.shape[2:]
+    dtype = operand_dtype(q, k, v)
+    rule = tiles(K, V, dtype)
+    layout = cut(B, T, cu_seqlens, H * (V // rule.sweep.V), rule.programs, q.device)
+    return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
+
+
+def segment_states(
+    p: Plan, x: Tensor, y: Tensor, sums: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor]:
+    """Each segment's state from zero, or its gradient, and the decay over the segment."""
+    if not p.layout.split:
+        return p.new(0), p.new(0)
+    n, t = len(p.layout.segments), p.tiles.local
+    local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
+    decay = p.new(n, p.H, p.K, dtype=torch.float32)
+    options = {**p.common, **t.options, "R": p.R if reverse else 1}
+    forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
+        x, y, sums, p.layout.segments, local, decay, p.scale, p.H,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, REVERSE=reverse, BF16=p.split, **options,
+    )  # fmt: skip
+    return local, decay
+
+
+def forward(
+    p: Plan, s0: Tensor | None, want_final: bool, want_states: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+    """o, final state, states of the blocks, and what the backward wants of the scores."""
+    nb, n, N = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds)
+    shapes = saved_shapes(nb, p.H, p.H * p.R, p.dtype, want_states)
+    parts = hi, lo, sums = tuple(p.new(*s, dtype=d) for s, d in shapes)
+    t = p.tiles.scores
+    forward_kernels.scores[(2 * nb * p.H * p.R,)](
+        p.q, p.k, p.g, p.layout.blocks, hi, lo, sums, p.scale, p.H,
+        K=p.K, KB=t.K, SPLIT=p.split and want_states, BF16=p.split, **p.common, **t.options,
+    )  # fmt: skip
+    local, decay = segment_states(p, p.k, p.v, sums, False)
+    o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
+    states = p.new(nb, p.H, p.K, p.V) if want_states else p.new(0)
+    final = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_final else p.new(0)
+    if want_final:  # what a sequence without rows leaves
+        final.copy_(s0) if s0 is not None else final.zero_()
+    t = p.tiles.sweep
+    forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
+        p.q, p.k, hi, sums, p.v, p.layout.segments, p.layout.bounds, s0, local, decay, o, states,
+        final, p.scale, p.H,
+        K=p.K, V=p.V, VB=t.V, INITIAL=s0 is not None, LOCAL=p.layout.split, STORE=want_states,
+        FINAL=want_final, **p.common, **t.options,
+    )  # fmt: skip
+    return o, final, states, parts
+
+
+def backward(
+    p: Plan, do: Tensor, dfinal: Tensor | None, states: Tensor, parts: tuple[Tensor, ...],
+    want_gate: bool, want_initial: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv, the decay's gradient and that of the initial state; each of the last two empty
+    unless wanted."""
+    hi, lo, sums = parts
+    nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
+    local, decay = segment_states(p, p.q, do, sums, True)
+    t = p.tiles.back
+    dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
+    ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
+    if want_initial:
+        ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
+    backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
+        p.q, p.k, hi, lo, sums, do, p.layout.segments, p.layout.bounds, dfinal, local, decay, dv,
+        dstates, ds0, p.scale, p.H,
+        K=p.K, V=p.V, VB=t.V, FINAL=dfinal is not None, LOCAL=p.layout.split,
+        INITIAL=want_initial, SPLIT=p.split, **p.common, **t.options,
+    )  # fmt: skip
+
+    t = p.tiles.score_gradient
+    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
+    backward_kernels.score_gradient[(nb * HQ,)](
+        do, p.v, p.g, p.layout.blocks, da, p.scale, p.H,
+        V=p.V, VB=t.V, SPLIT=p.split, **p.common, **t.options, **(TWO_BLOCKS if p.split else {}),
+    )  # fmt: skip
+
+    t = p.tiles.gradients
+    NK = p.K // t.K
+    dq, dk = torch.empty_like(p.q), torch.empty_like(p.k)
+    shares = p.new(*((nb, p.H, NK, 3, BLOCK) if want_gate else (0,)), dtype=torch.float32)
+    through = p.new(*((nb, p.H, NK) if want_gate else (0,)), dtype=torch.float32)
+    # where one step covers V, its buffers leave no room for a second block
+    pair = TWO_BLOCKS if p.split and p.V > t.V else {}
+    backward_kernels.gradients[(nb * p.H * NK,)](
+        p.q, p.k, p.g, do, p.v, states, dstates, da, p.layout.blocks, dq, dk, shares, through,
+        p.scale, p.H,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, GRAD=want_gate, SPLIT=p.split, **p.common, **t.options,
+        **pair,
+    )  # fmt: skip
+    if not want_gate or p.g is None:
+        return dq, dk, dv, p.new(0), ds0
+    kind = gate_kind(p.g)
+    dg = p.new(*p.q.shape[:2], p.H, dtype=p.g.dtype if kind == 2 else torch.float32)
+    backward_kernels.gate_gradient[(nb * p.H,)](
+        p.g, p.layout.blocks, shares, through, dg, p.H, NK=NK, GATE=kind, num_warps=4
+    )
+    return dq, dk, dv, dg if kind == 2 else dg.sum((0, 1)).to(p.g.dtype), ds0

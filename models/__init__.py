@@ -1,0 +1,1 @@
+"""The language model, its parts, and what they cost."""

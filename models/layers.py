@@ -1,0 +1,219 @@
+"""Parts that every model is made of: norms, rotation, short convolution, channel mixers.
+
+    RMSNorm    y = w * x / sqrt(mean(x^2) + eps)                                       (1)
+    LayerNorm  y = w * (x - mean(x)) / sqrt(var(x) + eps) + b                          (2)
+    rotary     (a, b) -> (a cos pf - b sin pf, a sin pf + b cos pf),
+               f_i = theta^(-2i/d), a and b the two halves of the width d,
+               p the token's place in its sequence                                     (3)
+    ShortConv  y_t = x_t + sum_{j < width} w_j * x_{t-j}, x = 0 before a sequence      (4)
+    GLU        y = W_down (act(W_gate x) * W_up x), act = silu (swiglu) or sigmoid     (5)
+
+Sources: (1) Zhang and Sennrich 2019, arXiv:1910.07467; (3) Su et al. 2021, arXiv:2104.09864, in
+the two-halves order of LLaMA; (5) Shazeer 2020, arXiv:2002.05202.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+State = dict[str, Tensor]  # of one layer; the sequences come first in every tensor
+
+FP32 = 4  # bytes an element: states and traffic are counted in fp32
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one part of a model costs, per token unless it says otherwise.
+
+    params is a count. flops counts the operations of matrix products, 2 m n p for (m, n) by
+    (n, p), in a forward pass. moved is the elements of activations read and written if every
+    product and every mixing along time reads its inputs and writes its outputs once and what is
+    element-wise is fused into them; weights are not in it, as a batch reads them once. state is
+    the bytes that one sequence needs to go on.
+    """
+
+    params: int = 0
+    flops: float = 0.0
+    moved: float = 0.0
+    state: int = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(
+            self.params + other.params,
+            self.flops + other.flops,
+            self.moved + other.moved,
+            self.state + other.state,
+        )
+
+
+def linear_cost(read: int, written: int, bias: bool = False) -> Cost:
+    """A product with a matrix (read, written)."""
+    return Cost(read * written + bias * written, 2.0 * read * written, float(read + written))
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The type that sums over values of `dtype` are taken in: fp32 at least."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each token of a (B, T) input belongs; all int64.
+
+    sequence and place (B * T,): the token's sequence and its number in it, from 0. start and
+    length (N,): of each sequence, start counted over all B * T tokens.
+    """
+
+    sequence: Tensor
+    place: Tensor
+    start: Tensor
+    length: Tensor
+
+
+def layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
+    """The layout of B sequences of T tokens or, with cu_seqlens (N + 1,), of N in one row."""
+    if cu_seqlens is None:
+        bounds = torch.arange(B + 1, device=device) * T
+    else:
+        bounds = cu_seqlens.to(device, torch.int64)
+    token = torch.arange(B * T, device=device)
+    sequence = torch.searchsorted(bounds[1:], token, right=True)
+    return Layout(sequence, token - bounds[sequence], bounds[:-1], bounds.diff())
+
+
+class RMSNorm(nn.Module):
+    """(1) over the last axis, in fp32 or wider; weight (d,) starts at 1."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d), in x's dtype."""
+        w = self.weight.to(wide(x.dtype))
+        return F.rms_norm(x.to(w.dtype), w.shape, w, self.eps).to(x.dtype)  # (1)
+
+
+class LayerNorm(nn.Module):
+    """(2) over the last axis, in fp32 or wider; weight (d,) starts at 1, bias (d,) at 0."""
+
+    def __init__(self, d: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d))
+        self.bias = nn.Parameter(torch.zeros(d))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d), in x's dtype."""
+        w, b = (p.to(wide(x.dtype)) for p in (self.weight, self.bias))
+        return F.layer_norm(x.to(w.dtype), w.shape, w, b, self.eps).to(x.dtype)  # (2)
+
+
+def rotate(x: Tensor, place: Tensor, theta: float) -> Tensor:
+    """Turn queries or keys by their place in the sequence.
+
+    Args:
+        x: (..., H, d), d even.
+        place: (...), int64, 0 or more.
+        theta: base of the frequencies, more than 0.
+
+    Returns:
+        (3), in x's dtype; the angles are computed in fp32 or wider.
+    """
+    d = x.shape[-1]
+    f = theta ** (-torch.arange(0, d, 2, device=x.device, dtype=wide(x.dtype)) / d)
+    angle = (place[..., None] * f)[..., None, :]  # (..., 1, d / 2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(f.dtype).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)  # (3)
+
+
+class ShortConv(nn.Module):
+    """A causal convolution of each channel along time, added to its input: (4).
+
+    The weights (width, d) are drawn as all others are, close to 0, so that a new layer passes its
+    input through: a mixer behind it starts as if it were not there, and weight decay pulls it back
+    to that. Drawn without x_t in (4), it would scale the mixer's input by about init_std.
+
+    State: "conv" (N, width - 1, d), the last inputs, 0 at the start.
+    """
+
+    def __init__(self, d: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, d))
+
+    def initial_state(self, N: int, device: torch.device) -> State:
+        """The state of N sequences that have not begun."""
+        width, d = self.weight.shape
+        return {"conv": torch.zeros(N, width - 1, d, device=device, dtype=self.weight.dtype)}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """(B, T, d) -> (B, T, d) and, where a state went in, the state after."""
+        B, T, d = x.shape
+        before = len(self.weight) - 1
+        at = layout(B, T, cu_seqlens, x.device)
+        N = len(at.length)
+        # every sequence with the inputs before it in front, end to end
+        past = x.new_zeros(N, before, d) if state is None else state["conv"]
+        first = at.start + torch.arange(N, device=x.device) * before
+        index = first[at.sequence] + before + at.place
+        history = first[:, None] + torch.arange(before, device=x.device)
+        padded = x.new_zeros(B * T + N * before, d)
+        padded = padded.index_copy(0, history.flatten(), past.flatten(0, 1))
+        padded = padded.index_copy(0, index, x.flatten(0, 1))
+        y = x.flatten(0, 1)
+        for j, w in enumerate(self.weight):
+            y = y + w * padded[index - j]  # (4)
+        after = None if state is None else {"conv": padded[history + at.length[:, None]]}
+        return y.view(B, T, d), after
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """One token a sequence, (N, d) -> (N, d); `state` is updated in place."""
+        last = torch.cat([state["conv"], x[:, None]], 1)
+        y = x
+        for j, w in enumerate(self.weight):
+            y = y + w * last[:, -1 - j]  # (4)
+        state["conv"].copy_(last[:, 1:])
+        return y
+
+    @staticmethod
+    def cost(d: int, width: int) -> Cost:
+        """Of a convolution over d channels."""
+        return Cost(width * d, 2.0 * width * d, 2.0 * d, FP32 * (width - 1) * d)
+
+
+class GLU(nn.Module):
+    """The channel mixer (5), without biases."""
+
+    def __init__(self, d: int, hidden: int, kind: str) -> None:
+        super().__init__()
+        self.gate = nn.Linear(d, hidden, bias=False)
+        self.up = nn.Linear(d, hidden, bias=False)
+        self.down = nn.Linear(hidden, d, bias=False)
+        self.act = F.silu if kind == "swiglu" else torch.sigmoid
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., d) -> (..., d)."""
+        y: Tensor = self.down(self.act(self.gate(x)) * self.up(x))  # (5)
+        return y
+
+    @staticmethod
+    def cost(d: int, hidden: int) -> Cost:
+        """Of a mixer with an inner width of `hidden`; its input is read once."""
+        return linear_cost(d, 2 * hidden) + linear_cost(hidden, d)
+
+
+def glu_hidden(d: int) -> int:
+    """The inner width that gives a GLU about 8 d^2 parameters, as a plain one of width 4 d has.
+
+    (8/3) d up to a multiple of 256 as in LLaMA; below d = 1024, where that would add up to half as
+    much again, to the nearest multiple of 32.
+    """
+    if d >= 1024:
+        return 256 * -(-8 * d // (3 * 256))
+    return max(32, 32 * round(8 * d / (3 * 32)))

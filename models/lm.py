@@ -1,0 +1,354 @@
+"""The language model: one for all mixers.
+
+For tokens x_1 .. x_T with embeddings e, positions p where they are learned, L layers:
+
+    h_t = scale * e(x_t) (+ p_t)                                                       (1)
+    h <- h + mixer(conv(norm(h))),   h <- h + ffn(norm(h))    in every layer           (2)
+    hidden = norm(h),   logits = W hidden                                              (3)
+
+conv and ffn are left out where the spec has none; dropout is on (1) and on both branches of (2).
+Position t of the hidden states depends on tokens up to t of its own sequence alone, and a state
+holds all that later tokens need: a text read in pieces, or token by token, gives the same numbers.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal, Self, overload
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from glactl.models.layers import GLU, LayerNorm, RMSNorm, ShortConv, State, glu_hidden, layout, wide
+from glactl.models.mixers import MixerSpec
+from glactl.models.mixers.gla import GLA
+from glactl.models.spec import Spec
+
+
+class LMSpec(Spec):
+    """Shapes and kinds of a language model.
+
+    mixer is one for all layers, or a list that is repeated over them. ffn is the channel mixer,
+    ffn_hidden its inner width (None: about 8/3 d_model). positions: rope turns the queries and
+    keys of attention and touches no other mixer; learned adds a table of max_len rows to the
+    embeddings. embedding_scale multiplies the token embeddings. short_conv is the width of a causal
+    depthwise convolution in front of every mixer. vocab_size None is filled in from the data.
+    """
+
+    d_model: int = Field(128, ge=1)
+    n_layers: int = Field(4, ge=1)
+    mixer: MixerSpec | Annotated[list[MixerSpec], Field(min_length=1)] = GLA.Spec()
+    vocab_size: int | None = Field(None, ge=1)
+    ffn: Literal["swiglu", "glu", "none"] = "swiglu"
+    ffn_hidden: int | None = Field(None, ge=1)
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(1e-6, gt=0)
+    positions: Literal["rope", "learned", "none"] = "rope"
+    max_len: int | None = Field(None, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    embed_dropout: float = Field(0.0, ge=0, lt=1)
+    tie_embeddings: bool = False
+    embedding_scale: float = Field(1.0, gt=0)
+    init_std: float = Field(0.02, gt=0)
+    short_conv: int | None = Field(None, ge=2)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        cycle = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        if self.n_layers % len(cycle):
+            raise ValueError(
+                f"n_layers {self.n_layers} is not a multiple of the {len(cycle)} mixers listed"
+            )
+        for mixer in cycle:
+            try:
+                mixer.check(self.d_model, self.rope)
+            except ValueError as error:
+                raise ValueError(f"mixer {mixer.kind}: {error}") from None
+        if self.positions == "learned" and self.max_len is None:
+            raise ValueError("positions learned needs max_len, the number of positions")
+        if self.ffn == "none" and self.ffn_hidden is not None:
+            raise ValueError(f"ffn_hidden is {self.ffn_hidden}, but ffn is none")
+        return self
+
+    @property
+    def rope(self) -> bool:
+        """Whether attention turns its queries and keys."""
+        return self.positions == "rope"
+
+    @property
+    def mixers(self) -> list[MixerSpec]:
+        """The mixer of every layer."""
+        cycle = self.mixer if isinstance(self.mixer, list) else [self.mixer]
+        return cycle * (self.n_layers // len(cycle))
+
+    @property
+    def hidden(self) -> int:
+        """The inner width of the channel mixer, 0 where there is none."""
+        return 0 if self.ffn == "none" else self.ffn_hidden or glu_hidden(self.d_model)
+
+    @property
+    def vocab(self) -> int:
+        """vocab_size. Raises ValueError where it is not known yet."""
+        if self.vocab_size is None:
+            raise ValueError("vocab_size is not set; a model needs the number of its tokens")
+        return self.vocab_size
+
+
+@dataclass
+class LMState:
+    """What N sequences need to go on.
+
+    layers holds the tensors of each layer, all (N, ...); position (N,) int64 counts the tokens
+    that each sequence has read.
+    """
+
+    layers: list[State]
+    position: Tensor
+
+
+class Block(nn.Module):
+    """One layer: (2)."""
+
+    def __init__(self, spec: LMSpec, mixer: MixerSpec) -> None:
+        super().__init__()
+        d, norm = spec.d_model, RMSNorm if spec.norm == "rmsnorm" else LayerNorm
+        self.norm = norm(d, spec.norm_eps)
+        self.conv = None if spec.short_conv is None else ShortConv(d, spec.short_conv)
+        self.mixer = mixer.build(d, spec.rope, spec.norm_eps)
+        self.ffn_norm = norm(d, spec.norm_eps) if spec.hidden else None
+        self.ffn = GLU(d, spec.hidden, spec.ffn) if spec.hidden else None
+        self.dropout = nn.Dropout(spec.dropout)
+
+    def initial_state(self, N: int, device: torch.device) -> State:
+        """The state of N sequences that have not begun."""
+        conv = {} if self.conv is None else self.conv.initial_state(N, device)
+        return self.mixer.initial_state(N, device) | conv
+
+    def forward(
+        self, h: Tensor, state: State | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, State | None]:
+        """(B, T, d) -> (B, T, d), and the state after where one went in."""
+        x, after = self.norm(h), None
+        if self.conv is not None:
+            x, after = self.conv(x, state, cu_seqlens)
+        y, mixed = self.mixer(x, state, cu_seqlens)
+        h = self._channels(h + self.dropout(y))
+        return h, None if mixed is None else mixed | (after or {})
+
+    def step(self, h: Tensor, state: State) -> Tensor:
+        """(N, d) -> (N, d); `state` is updated in place."""
+        x = self.norm(h)
+        if self.conv is not None:
+            x = self.conv.step(x, state)
+        return self._channels(h + self.dropout(self.mixer.step(x, state)))
+
+    def _channels(self, h: Tensor) -> Tensor:
+        if self.ffn is None or self.ffn_norm is None:
+            return h
+        y: Tensor = h + self.dropout(self.ffn(self.ffn_norm(h)))
+        return y
+
+
+class LM(nn.Module):
+    """A causal language model; see the equations above. Made by `build_lm`."""
+
+    def __init__(self, spec: LMSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        d = spec.d_model
+        self.embed = nn.Embedding(spec.vocab, d)
+        learned = spec.positions == "learned" and spec.max_len is not None
+        self.positions = nn.Embedding(spec.max_len or 0, d) if learned else None
+        self.dropout = nn.Dropout(spec.embed_dropout)
+        self.blocks = nn.ModuleList(Block(spec, mixer) for mixer in spec.mixers)
+        self.norm = (RMSNorm if spec.norm == "rmsnorm" else LayerNorm)(d, spec.norm_eps)
+        self.head = nn.Linear(d, spec.vocab, bias=False)
+        if spec.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.head.weight.device
+
+    def initial_state(self, N: int, device: torch.device | str | None = None) -> LMState:
+        """The state of N sequences that have not begun; device None: the weights'."""
+        where = self.device if device is None else torch.device(device)
+        layers = [block.initial_state(N, where) for block in self._blocks()]
+        return LMState(layers, torch.zeros(N, device=where, dtype=torch.int64))
+
+    @overload
+    def forward(
+        self, tokens: Tensor, state: None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, None]: ...
+    @overload
+    def forward(
+        self, tokens: Tensor, state: LMState, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LMState]: ...
+    def forward(
+        self, tokens: Tensor, state: LMState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, LMState | None]:
+        """Read tokens.
+
+        Args:
+            tokens: (B, T) int64, in [0, vocab_size).
+            state: of the N sequences so far, which is left as it is; None: they begin here.
+            cu_seqlens: (N + 1,) int32 or int64, from 0 to T and never falling: N sequences, which
+                may be empty, packed into one row (B = 1). None: every row is a sequence (N = B).
+
+        Returns:
+            hidden (B, T, d_model), and the state after, None where none went in.
+
+        Raises:
+            ValueError: shapes or bounds that do not fit together, or more tokens than max_len
+                where positions are learned.
+        """
+        self._check(tokens, state, cu_seqlens)
+        B, T = tokens.shape
+        h = self.embed(tokens) * self.spec.embedding_scale
+        at = layout(B, T, cu_seqlens, tokens.device)
+        if self.positions is not None:
+            place = at.place if state is None else at.place + state.position[at.sequence]
+            h = h + self._position(place).view_as(h)
+        h = self.dropout(h)  # (1)
+        layers: list[State] = []
+        for i, block in enumerate(self._blocks()):
+            h, after = block(h, None if state is None else state.layers[i], cu_seqlens)  # (2)
+            if after is not None:
+                layers.append(after)
+        return self.norm(h), None if state is None else LMState(layers, state.position + at.length)
+
+    @torch.no_grad()
+    def step(self, tokens: Tensor, state: LMState) -> Tensor:
+        """Read one token a sequence; without gradients.
+
+        Args:
+            tokens: (N,) int64.
+            state: of N sequences; updated in place.
+
+        Returns:
+            hidden (N, d_model), as `forward` gives it.
+
+        Raises:
+            ValueError: as of `forward`.
+        """
+        if tokens.shape != state.position.shape:
+            raise ValueError(
+                f"tokens are {tuple(tokens.shape)}; allowed: {tuple(state.position.shape)}, one "
+                "for each sequence of the state"
+            )
+        h = self.embed(tokens) * self.spec.embedding_scale
+        if self.positions is not None:
+            h = h + self._position(state.position)
+        h = self.dropout(h)  # (1)
+        for block, layer in zip(self._blocks(), state.layers, strict=True):
+            h = block.step(h, layer)  # (2)
+        state.position += 1
+        hidden: Tensor = self.norm(h)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d_model) -> (..., vocab_size), in the weights' dtype: (3)."""
+        z: Tensor = self.head(hidden)
+        return z
+
+    def _blocks(self) -> list[Block]:
+        return [b for b in self.blocks if isinstance(b, Block)]
+
+    def _position(self, place: Tensor) -> Tensor:
+        assert self.positions is not None
+        most = self.positions.num_embeddings
+        if place.numel() and int(place.max()) >= most:
+            raise ValueError(
+                f"position {int(place.max()) + 1} is beyond the model's max_len {most}"
+            )
+        p: Tensor = self.positions(place)
+        return p
+
+    @staticmethod
+    def _check(tokens: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> None:
+        """Raise ValueError where the arguments of `forward` do not fit together."""
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens are {tuple(tokens.shape)}; allowed: two axes, (B, T)")
+        N, T = tokens.shape
+        if cu_seqlens is not None:
+            if N != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+                raise ValueError(
+                    f"cu_seqlens is {tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}; "
+                    "allowed: (N + 1,) with tokens (1, T)"
+                )
+            bounds = cu_seqlens.tolist()
+            if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+                raise ValueError(f"cu_seqlens is {bounds}; allowed: from 0 to {T}, never falling")
+            N = len(bounds) - 1
+        if state is not None and len(state.position) != N:
+            raise ValueError(
+                f"state is of {len(state.position)} sequences; allowed: {N}, as many as are read"
+            )
+
+
+def build_lm(
+    spec: LMSpec,
+    seed: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> LM:
+    """The model of `spec` with fresh weights, in training mode.
+
+    Weights of two or more axes are N(0, init_std), those of norms 1, biases 0. They are drawn on
+    the CPU in fp32 by a generator made of `seed`, so they are the same on every device and, up to
+    rounding, in every dtype; no other generator is touched.
+
+    Args:
+        spec: with vocab_size set.
+        seed: any integer.
+        device: None is the CPU.
+        dtype: of all weights; None is fp32.
+
+    Raises:
+        ValueError: vocab_size is not set.
+    """
+    with torch.device("meta"):  # so that torch draws no weights of its own
+        lm = LM(spec)
+    lm = lm.to_empty(device="cpu")
+    if spec.tie_embeddings:
+        lm.head.weight = lm.embed.weight
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in lm.named_parameters():
+        if p.ndim >= 2:
+            nn.init.normal_(p, std=spec.init_std, generator=generator)
+        else:
+            nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+    return lm.to(device=device, dtype=dtype)
+
+
+@overload
+def token_losses(
+    lm: LM, hidden: Tensor, targets: Tensor, correct: Literal[False] = False
+) -> Tensor: ...
+@overload
+def token_losses(
+    lm: LM, hidden: Tensor, targets: Tensor, correct: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+def token_losses(
+    lm: LM, hidden: Tensor, targets: Tensor, correct: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-entropies of the targets that are asked for.
+
+    Args:
+        lm: the model that hidden comes from.
+        hidden: (..., d_model).
+        targets: (...) int64; what follows each token, below 0 where nothing is asked.
+        correct: also tell whether a target is the most likely token.
+
+    Returns:
+        losses (n,) in nats, fp32 or wider, of the n targets of 0 or more in order; with `correct`
+        also (n,) bool.
+
+    Cost: logits, n * vocab_size, of the targets asked for alone.
+    """
+    asked = targets >= 0
+    logits = lm.logits(hidden[asked])
+    wanted = targets[asked]
+    losses = F.cross_entropy(logits.to(wide(logits.dtype)), wanted, reduction="none")
+    return (losses, logits.argmax(-1) == wanted) if correct else losses

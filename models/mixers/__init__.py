@@ -1,0 +1,45 @@
+"""The sequence mixers a spec can name. To add one: write its file, add its line here.
+
+A mixer is an nn.Module with a nested Spec. The spec has a `kind` of its own and
+
+    check(d_model, rope)      raises ValueError where the layer cannot be built
+    build(d_model, rope, eps) makes it; rope: models with rotary positions; eps: of norms in it
+    cost(d_model, rope, T)    layers.Cost
+
+and the module, for x (B, T, d) and a state that is a dict of tensors with the sequences first,
+
+    forward(x, state=None, cu_seqlens=None) -> (y, the state after | None)
+    step(x (N, d), state) -> y (N, d), with the state updated in place
+    initial_state(N, device) -> state
+"""
+
+from typing import Annotated, Any, Literal, TypeAlias, get_args
+
+from pydantic import BeforeValidator, Field
+
+from glactl.models.mixers.attention import Attention
+from glactl.models.mixers.gla import GLA
+from glactl.models.mixers.gsa import GSA
+
+__all__ = ["KINDS", "MIXERS", "MixerSpec"]
+
+_Spec: TypeAlias = (
+    Attention.Spec  # softmax attention, the baseline
+    | GLA.Spec  # gated linear attention
+    | GSA.Spec  # gated slot attention
+)
+
+MIXERS = get_args(_Spec)
+KINDS: tuple[str, ...] = tuple(m.model_fields["kind"].default for m in MIXERS)
+
+
+def _named(value: Any) -> Any:
+    """`gla` is short for {kind: gla}."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+MixerSpec: TypeAlias = Annotated[
+    _Spec,
+    Field(discriminator="kind"),
+    BeforeValidator(_named, json_schema_input_type=_Spec | Literal[KINDS]),
+]

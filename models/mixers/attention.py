@@ -1,0 +1,272 @@
+r"""Softmax attention as a layer, the baseline.
+
+For x_t (d), heads of width D = d / heads, position p of t in its sequence:
+
+    q, k, v = rotate(W_q x, p), rotate(W_k x, p), W_v x                                (1)
+    o_t = sum_s softmax_s(q_t k_s^T / sqrt(D)) v_s,  over s <= t and s > t - window     (2)
+    y = W_o concat_h(o_h)                                                              (3)
+
+No product has a bias; without rope the rotation is left out. With kv_heads, that many heads have k
+and v, and each is read by heads / kv_heads heads of q.
+
+Source: LLaMA's attention, Touvron et al. 2023, arXiv:2302.13971; kv_heads: Ainslie et al. 2023,
+arXiv:2305.13245. (2) itself is torch's scaled_dot_product_attention.
+
+No mask is ever quadratic in more than a sequence: packed sequences are taken in groups whose
+lengths lie between two powers of two, each a padded batch, so there are few calls and at most four
+times the least work. With a window, queries are taken in blocks of that many, each with the keys
+of its block and of the window before it.
+"""
+
+from collections.abc import Iterator
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from glactl.models import spec
+from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost, rotate
+
+GROWTH = 64  # tokens that a full state grows by, so that few steps copy it
+INT64 = 8  # bytes
+
+
+class Attention(nn.Module):
+    """Softmax attention; see the equations above.
+
+    State: "k" and "v" (N, L, kv_heads, D) in the weights' dtype, keys already rotated, and "length"
+    (N,) int64, the tokens of each sequence so far. Without a window L grows with the longest
+    sequence, and token p is in row p. With one L = window at all times, and token p is in row
+    p % window until it is written over. Rows that hold no token are 0 and are never read.
+    """
+
+    class Spec(spec.Spec):
+        """window counts the tokens seen, the present one among them; None: all."""
+
+        kind: Literal["attention"] = "attention"
+        heads: int = Field(4, ge=1)
+        kv_heads: int | None = Field(None, ge=1)  # None: heads
+        window: int | None = Field(None, ge=1)
+        rope_theta: float = Field(10_000.0, gt=0)
+
+        def check(self, d_model: int, rope: bool) -> None:
+            """Raise ValueError where the layer cannot be built."""
+            spec.divides("heads", self.heads, "d_model", d_model)
+            spec.divides("kv_heads", self.groups, "heads", self.heads)
+            if rope and d_model // self.heads % 2:
+                raise ValueError(
+                    f"positions rope needs heads of an even width, not {d_model // self.heads} "
+                    f"(d_model {d_model} / heads {self.heads})"
+                )
+
+        @property
+        def groups(self) -> int:
+            """Heads with keys and values."""
+            return self.kv_heads or self.heads
+
+        def build(self, d_model: int, rope: bool, eps: float) -> "Attention":
+            """The layer; there is no norm in it that would take eps."""
+            return Attention(d_model, self, rope)
+
+        def cost(self, d_model: int, rope: bool, T: int) -> Cost:
+            """Of the layer, at T tokens: 4 d per token seen, the state of all tokens seen."""
+            W = min(T, self.window or T)
+            seen = (W * (W + 1) / 2 + (T - W) * W) / max(T, 1)  # mean over the tokens
+            kv = self.groups * (d_model // self.heads)
+            slots = T if self.window is None else self.window
+            mixing = Cost(
+                flops=4.0 * d_model * seen,
+                moved=float(2 * d_model + 2 * kv),
+                state=FP32 * 2 * kv * slots + INT64,
+            )
+            return linear_cost(d_model, d_model + 2 * kv) + mixing + linear_cost(d_model, d_model)
+
+    def __init__(self, d_model: int, s: Spec, rope: bool) -> None:
+        super().__init__()
+        self.heads, self.groups, self.window = s.heads, s.groups, s.window
+        self.theta = s.rope_theta if rope else None
+        self.D = d_model // s.heads
+        self.q = nn.Linear(d_model, d_model, bias=False)
+        self.k = nn.Linear(d_model, s.groups * self.D, bias=False)
+        self.v = nn.Linear(d_model, s.groups * self.D, bias=False)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def initial_state(self, N: int, device: torch.device) -> State:
+        """The state of N sequences that have not begun."""
+        size = (N, self.window or 0, self.groups, self.D)
+        k = torch.zeros(size, device=device, dtype=self.k.weight.dtype)
+        length = torch.zeros(N, device=device, dtype=torch.int64)
+        return {"k": k, "v": torch.zeros_like(k), "length": length}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mix along time.
+
+        Args:
+            x: (B, T, d).
+            state: of the N sequences so far; None: they begin here.
+            cu_seqlens: (N + 1,), the bounds of N sequences packed into one row (B = 1).
+
+        Returns:
+            y (B, T, d), and the state after, None where none went in.
+
+        Cost: O(T^2 d) for a sequence of T, O(T window d) with a window.
+        """
+        B, T, _ = x.shape
+        at = layout(B, T, cu_seqlens, x.device)
+        place = at.place if state is None else at.place + state["length"][at.sequence]
+        q, k, v = self._project(x, place.view(B, T))
+        if cu_seqlens is None:
+            o = self._attend(q, k, v, self._past(state, None))
+        else:
+            o = self._packed(q[0], k[0], v[0], state, at)[None]
+        y: Tensor = self.out(o.flatten(-2))  # (3)
+        return y, None if state is None else self._append(state, k, v, at, place)
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """One token a sequence, (N, d) -> (N, d); `state` is updated in place.
+
+        Cost: O(L d); a state without a window is copied once in 64 steps, to grow.
+        """
+        length = state["length"]
+        q, k, v = self._project(x, length)
+        row = length
+        if self.window is not None:
+            row = length % self.window
+        elif len(length) and int(length.max()) == state["k"].shape[1]:
+            for name in ("k", "v"):
+                state[name] = F.pad(state[name], (0, 0, 0, 0, 0, GROWTH))
+        n = torch.arange(len(length), device=x.device)
+        state["k"][n, row], state["v"][n, row] = k, v
+        length += 1
+        held = torch.arange(state["k"].shape[1], device=x.device) < length[:, None]
+        o = self._sdpa(q[:, None], state["k"], state["v"], held[:, None])  # (2)
+        y: Tensor = self.out(o.flatten(1))  # (3)
+        return y
+
+    def _project(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (..., heads, D), k and v (..., kv_heads, D), at places (...)."""
+        q, k, v = (part(x).unflatten(-1, (-1, self.D)) for part in (self.q, self.k, self.v))
+        if self.theta is not None:
+            q, k = rotate(q, place, self.theta), rotate(k, place, self.theta)  # (1)
+        return q, k, v
+
+    def _packed(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, at: Layout) -> Tensor:
+        """(2) for sequences end to end: q (M, heads, D), k and v (M, kv_heads, D)."""
+        made, order = [q[:0]], [at.sequence[:0]]
+        for rows, longest in _groups(at.length):
+            token = torch.arange(longest, device=q.device)
+            inside = token < at.length[rows, None]
+            # past a sequence's end stands some token: causality keeps it from the real ones
+            index = (at.start[rows, None] + token).clamp(max=len(q) - 1)
+            o = self._attend(q[index], k[index], v[index], self._past(state, rows))
+            made.append(o[inside])
+            order.append(index[inside])
+        return torch.empty_like(q).index_copy(0, torch.cat(order), torch.cat(made))
+
+    def _past(
+        self, state: State | None, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys and values before a forward pass, (n, L, kv_heads, D), in order, and which count.
+
+        None where there are none; with a window the last `window` tokens end at the last row.
+        """
+        if state is None or state["k"].shape[1] == 0:
+            return None
+        k, v, length = (state[name] if rows is None else state[name][rows] for name in STATE)
+        row = torch.arange(k.shape[1], device=k.device)
+        if self.window is None:
+            return k, v, row < length[:, None]
+        place = length[:, None] - self.window + row
+        n = torch.arange(len(k), device=k.device)[:, None]
+        return k[n, place % self.window], v[n, place % self.window], place >= 0
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, past: tuple[Tensor, Tensor, Tensor] | None
+    ) -> Tensor:
+        """(2) for n sequences of t tokens: q (n, t, heads, D), k and v (n, t, kv_heads, D)."""
+        n, t = q.shape[:2]
+        if t == 0:
+            return q
+        if self.window is not None and (past is not None or t > self.window):
+            return self._blocks(q, k, v, past, self.window)
+        if past is None:
+            return self._sdpa(q, k, v, None)
+        causal = torch.ones(t, t, device=q.device, dtype=torch.bool).tril().expand(n, t, t)
+        mask = torch.cat([past[2][:, None].expand(n, t, -1), causal], -1)
+        return self._sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask)
+
+    def _blocks(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        past: tuple[Tensor, Tensor, Tensor] | None,
+        W: int,
+    ) -> Tensor:
+        """(2) with a window of W, in blocks of C queries that see W + C keys each."""
+        n, t = q.shape[:2]
+        if past is None:
+            before = k.new_zeros(n, W, *k.shape[2:])
+            past = before, before, torch.zeros(n, W, device=q.device, dtype=torch.bool)
+        C = min(W, t)
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, -t % C)) for x in (q, k, v))
+        count = F.pad(past[2], (0, q.shape[1]), value=True)  # padding is after all real tokens
+        blocks = q.shape[1] // C
+        q = q.unflatten(1, (blocks, C)).flatten(0, 1)
+        k, v = (
+            torch.cat([old, new], 1).unfold(1, W + C, C).flatten(0, 1).movedim(-1, 1)
+            for old, new in ((past[0], k), (past[1], v))
+        )
+        count = count.unfold(1, W + C, C).flatten(0, 1)
+        # query r of a block stands at W + r among its keys, and sees the last W up to there
+        gap = torch.arange(W + C, device=q.device) - torch.arange(C, device=q.device)[:, None]
+        mask = (gap > 0) & (gap <= W) & count[:, None]
+        return self._sdpa(q, k, v, mask).unflatten(0, (n, blocks)).flatten(1, 2)[:, :t]
+
+    def _sdpa(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """(2) with the tokens in axis 1; mask (n, queries, keys), None: causal."""
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=None if mask is None else mask[:, None],
+            is_causal=mask is None,
+            enable_gqa=self.groups != self.heads,
+        )
+        return o.transpose(1, 2)
+
+    def _append(self, state: State, k: Tensor, v: Tensor, at: Layout, place: Tensor) -> State:
+        """The state after new keys and values (B, T, kv_heads, D) at `place` (B * T,)."""
+        length = state["length"] + at.length
+        row, sequence = place, at.sequence
+        old, new = {"k": state["k"], "v": state["v"]}, {"k": k.flatten(0, 1), "v": v.flatten(0, 1)}
+        if self.window is None:
+            longest = int(length.max()) if len(length) else 0
+            missing = max(longest - state["k"].shape[1], 0)
+            old = {name: F.pad(x, (0, 0, 0, 0, 0, missing)) for name, x in old.items()}
+        else:
+            kept = (
+                place >= (length - self.window)[sequence]
+            )  # only what stays, so no row is hit twice
+            row, sequence = place[kept] % self.window, sequence[kept]
+            new = {name: x[kept] for name, x in new.items()}
+        after = {name: old[name].index_put((sequence, row), new[name]) for name in old}
+        return {**after, "length": length}
+
+
+STATE = ("k", "v", "length")
+
+
+def _groups(length: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """Sequences of like lengths: indices (n,) int64, and the longest length; no empty ones."""
+    groups: dict[int, list[int]] = {}
+    lengths = length.tolist()
+    for i, n in enumerate(lengths):
+        if n:
+            groups.setdefault((n - 1).bit_length(), []).append(i)
+    for rows in groups.values():
+        yield torch.tensor(rows, device=length.device), max(lengths[i] for i in rows)

@@ -1,0 +1,131 @@
+r"""Gated slot attention as a layer.
+
+For x_t (d), heads h of width D = d / heads, M slots a head:
+
+    q, k, v = silu(W_q x), silu(W_k x), silu(W_v x)                                    (1)
+    log a = log sigmoid(W_a x) / gate_normalizer                                       (2)
+    Sk_t = Sk_{t-1} diag(a_t) + k_t (1 - a_t)^T
+    Sv_t = diag(a_t) Sv_{t-1} + (1 - a_t) v_t^T,   o_t = Sv_t^T softmax(Sk_t^T q_t)     (3)
+    y = W_o RMSNorm(silu(concat_h o_h))                                                (4)
+
+No product has a bias; the norm spans the full width d, after the silu. With kv_heads, that many
+heads have k, v, a and the slots, and each is read by heads / kv_heads heads of q.
+
+Source: Zhang et al. 2024, arXiv:2409.07146, Sec. 3 and App. C. Where the paper contradicts itself
+or its code: the decay is on the slots in both halves of (3), as in Eq. 6 (Eq. 7 prints the gated
+axes swapped); the logits are not scaled, as in Eq. 6 (the code's operator, left alone, divides by
+sqrt(D)); W_a has full rank, unlike GLA's.
+"""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from glactl.kernels import gsa, gsa_step
+from glactl.models import spec
+from glactl.models.layers import Cost, RMSNorm, State, linear_cost, wide
+from glactl.models.mixers.gla import mixing_cost
+
+
+class GSA(nn.Module):
+    """Gated slot attention; see the equations above.
+
+    State: "k" (N, kv_heads, D, M) and "v" (N, kv_heads, M, D) in fp32, or fp64 where the weights
+    are; 0 at the start, of one size whatever the number of tokens.
+    """
+
+    class Spec(spec.Spec):
+        """slots are of each head; gate_normalizer above 1 forgets slower."""
+
+        kind: Literal["gsa"] = "gsa"
+        heads: int = Field(4, ge=1)
+        kv_heads: int | None = Field(None, ge=1)  # None: heads
+        slots: int = Field(64, ge=1)
+        gate_normalizer: float = Field(8.0, gt=0)
+
+        def check(self, d_model: int, rope: bool) -> None:
+            """Raise ValueError where the layer cannot be built; rope has no effect here."""
+            spec.divides("heads", self.heads, "d_model", d_model)
+            spec.divides("kv_heads", self.groups, "heads", self.heads)
+
+        @property
+        def groups(self) -> int:
+            """Heads with slots."""
+            return self.kv_heads or self.heads
+
+        def build(self, d_model: int, rope: bool, eps: float) -> "GSA":
+            """The layer; eps is the norm's."""
+            return GSA(d_model, self, eps)
+
+        def cost(self, d_model: int, rope: bool, T: int) -> Cost:
+            """Of the layer, at T tokens: (3) is two passes of linear attention round a softmax."""
+            D, H, G, M = d_model // self.heads, self.heads, self.groups, self.slots
+            projections = linear_cost(d_model, H * D + G * (2 * D + M))
+            passes = mixing_cost(H, G, D, M, T) + mixing_cost(H, G, M, D, T)
+            norm = Cost(params=d_model)  # fused into W_o's product
+            return projections + passes + norm + linear_cost(d_model, d_model)
+
+    def __init__(self, d_model: int, s: Spec, eps: float) -> None:
+        super().__init__()
+        self.heads, self.groups, self.slots = s.heads, s.groups, s.slots
+        self.normalizer, self.D = s.gate_normalizer, d_model // s.heads
+        self.q = nn.Linear(d_model, d_model, bias=False)
+        self.k = nn.Linear(d_model, s.groups * self.D, bias=False)
+        self.v = nn.Linear(d_model, s.groups * self.D, bias=False)
+        self.gate = nn.Linear(d_model, s.groups * s.slots, bias=False)
+        self.norm = RMSNorm(d_model, eps)
+        self.out = nn.Linear(d_model, d_model, bias=False)
+
+    def initial_state(self, N: int, device: torch.device) -> State:
+        """The state of N sequences that have not begun."""
+        k = torch.zeros(
+            N, self.groups, self.D, self.slots, device=device, dtype=wide(self.q.weight.dtype)
+        )
+        return {"k": k, "v": torch.zeros_like(k.mT)}
+
+    def forward(
+        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, State | None]:
+        """Mix along time.
+
+        Args:
+            x: (B, T, d).
+            state: of the N sequences so far; None: they begin here.
+            cu_seqlens: (N + 1,), the bounds of N sequences packed into one row (B = 1).
+
+        Returns:
+            y (B, T, d), and the state after, None where none went in.
+        """
+        q, k, v, a = self._project(x)
+        o, last = gsa(
+            q,
+            k,
+            v,
+            None,  # the write strength 1 - a
+            a,
+            initial_state=None if state is None else (state["k"], state["v"]),
+            output_final_state=state is not None,
+            cu_seqlens=cu_seqlens,
+        )  # (3)
+        return self._read(o), None if last is None else {"k": last[0], "v": last[1]}
+
+    def step(self, x: Tensor, state: State) -> Tensor:
+        """One token a sequence, (N, d) -> (N, d); `state` is updated in place."""
+        q, k, v, a = self._project(x)
+        return self._read(gsa_step(q, k, v, None, a, (state["k"], state["v"])))  # (3)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q (..., heads, D), k and v (..., kv_heads, D), log a (..., kv_heads, M)."""
+        q = F.silu(self.q(x)).unflatten(-1, (self.heads, -1))
+        k, v, a = (
+            part.unflatten(-1, (self.groups, -1))
+            for part in (F.silu(self.k(x)), F.silu(self.v(x)), self.gate(x))  # (1)
+        )
+        return q, k, v, F.logsigmoid(a.to(wide(a.dtype))) / self.normalizer  # (2)
+
+    def _read(self, o: Tensor) -> Tensor:
+        y: Tensor = self.out(self.norm(F.silu(o.flatten(-2))))  # (4)
+        return y

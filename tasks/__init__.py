@@ -1,0 +1,30 @@
+"""Data as a pure function of (spec, seed). To add a kind of data: its file, and its lines here."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+from glactl.tasks.errors import DataUnavailable
+from glactl.tasks.mqar import MQARSpec, MQARTask
+from glactl.tasks.task import Batch, Task
+from glactl.tasks.text import TextSpec, TextTask
+
+__all__ = ["Batch", "DataUnavailable", "Task", "TaskSpec", "load_task"]
+
+TaskSpec = Annotated[
+    TextSpec  # language modelling on text
+    | MQARSpec,  # multi-query associative recall
+    Field(discriminator="kind"),
+]
+
+
+def load_task(spec: TextSpec | MQARSpec, seed: int) -> Task:
+    """The data that `spec` describes, read or made from `seed`.
+
+    Raises:
+        ValueError, FileNotFoundError: the data cannot be used; one line with the file.
+        DataUnavailable: a data set or tokenizer of the hub that cannot be reached.
+    """
+    if isinstance(spec, MQARSpec):
+        return MQARTask(spec, seed)
+    return TextTask(spec, seed)

@@ -1,0 +1,211 @@
+"""Language modelling on text: documents, split by their hash, as rows of one stream of tokens.
+
+The documents of a split are laid end to end in one stream, framed by the special tokens,
+
+    BOS document EOS BOS document EOS ...    where BOS and EOS differ
+    END document END document ... END        where there is one token for both, or one of the two
+    document document ...                    where there is neither
+
+and row r of T tokens reads stream[r T : r T + T] and is asked for stream[r T + 1 : r T + T + 1]. A
+document is held out for validation where the first byte of its sha256 is below 16, one in 16 of
+them; where none is, the one with the least hash. So copies of a document are on one side, and
+adding documents moves no other one.
+"""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from glactl.models.spec import Spec
+from glactl.tasks.corpus import documents
+from glactl.tasks.floors import MAX_TEXT, floors
+from glactl.tasks.task import Batch, RowOrder
+from glactl.tasks.tokenizer import Tokenizer, load_tokenizer
+
+HELD_OUT = 16  # of 256 values of a hash's first byte
+
+
+class TextSpec(Spec):
+    """Language modelling on the documents of a source; see glactl.tasks.corpus.documents."""
+
+    kind: Literal["text"] = "text"
+    source: str = "pydoc"  # pydoc, a file, a folder, or owner/name[:config] on the hub
+    tokenizer: str = "byte"  # byte, a tokenizer.json or its folder, or a name on the hub
+    seq_len: int = Field(256, ge=1)  # tokens a row
+    packed: bool = False  # the state begins anew at each document, not only at each row
+    limit: int | None = Field(None, ge=1)  # documents to read; needed for data of the hub
+
+
+class TextTask:
+    """The text of `spec`, read and turned into tokens once; a `Task` (see there).
+
+    Args:
+        spec: what to read.
+        seed: of the order of the training rows; it has no influence on the split.
+
+    Raises:
+        ValueError, FileNotFoundError, DataUnavailable: see `documents` and `load_tokenizer`; also
+            ValueError where a split has no document or training fills no row.
+
+    Cost: 2 bytes a token of memory where the vocabulary is at most 65,536, else 4, while reading
+    up to twice as much and the file.
+    """
+
+    def __init__(self, spec: TextSpec, seed: int) -> None:
+        self.spec = spec
+        tokenizer = load_tokenizer(spec.tokenizer)
+        self.tokenizer: Tokenizer | None = tokenizer
+        self.vocab_size = tokenizer.vocab_size
+        self._train, self._valid = _Side(tokenizer), _Side(tokenizer, sized=True)
+        settings = {"tokenizer": spec.tokenizer, "seq_len": spec.seq_len, "packed": spec.packed}
+        digest = hashlib.sha256(json.dumps(settings).encode())
+        for name, text, held_out in _split(documents(spec.source, spec.limit)):
+            digest.update(name)
+            (self._valid if held_out else self._train).add(text)
+        self.fingerprint = digest.hexdigest()
+        if not self._valid.n_bytes:
+            raise ValueError(f"source {spec.source} has no text")
+        if not self._train.n_bytes:
+            raise ValueError(
+                f"source {spec.source} has one document, which is held out for validation; "
+                "allowed: two or more different ones"
+            )
+        self._train.close()
+        self._valid.close()
+        tokens = len(self._train.tokens())
+        self.n_train = (tokens - 1) // spec.seq_len
+        if self.n_train == 0:
+            raise ValueError(
+                f"source {spec.source} has {tokens} tokens to train on; one row of seq_len "
+                f"{spec.seq_len} needs {spec.seq_len + 1}"
+            )
+        self._order = RowOrder(self.n_train, seed)
+
+    def train_batch(self, index: int, batch_size: int) -> Batch:
+        """Rows index * batch_size and following of the epochs, each epoch in an order of its own.
+
+        Returns:
+            tokens and targets (batch_size, seq_len); cu_seqlens where the spec says packed.
+        """
+        return self._batch(self._train, self._order.rows(index, batch_size))
+
+    def valid_batches(self, batch_size: int) -> Iterator[Batch]:
+        """The held-out stream in order, with n_bytes; its last row asks for what is left.
+
+        Every token but the stream's first is asked for once (packed: but each document's first).
+        """
+        n_rows = -(-(len(self._valid.tokens()) - 1) // self.spec.seq_len)
+        for start in range(0, n_rows, batch_size):
+            yield self._batch(self._valid, np.arange(start, min(start + batch_size, n_rows)))
+
+    def floors(self) -> dict[str, float]:
+        """Bits per byte of simple compressors on the held-out text; see glactl.tasks.floors."""
+        return floors(
+            bytes(self._train.text) if self._train.n_bytes <= MAX_TEXT else None,
+            bytes(self._valid.text),
+        )
+
+    def _batch(self, side: "_Side", rows: np.ndarray) -> Batch:
+        T, stream = self.spec.seq_len, side.tokens()
+        at = rows[:, None] * T + np.arange(T + 1)
+        read = torch.from_numpy(stream[np.minimum(at, len(stream) - 1)].astype(np.int64))
+        targets = read[:, 1:].clone()
+        targets[torch.from_numpy(at[:, 1:] >= len(stream))] = -100
+        bounds = None
+        if self.spec.packed:
+            begun = side.begun(rows, T)
+            ends = np.unique(np.concatenate([np.arange(len(rows) + 1) * T, begun]))
+            bounds = torch.from_numpy(ends.astype(np.int32))
+            if not side.joined:  # what follows a document's last token is not its to know
+                targets.view(-1)[torch.from_numpy(begun - 1)] = -100
+        n_bytes = None
+        if side.sizes is not None:
+            asked = at[:, 1:][(targets >= 0).numpy()]
+            n_bytes = int(np.frombuffer(side.sizes, np.int32)[asked].sum())
+        return Batch(
+            tokens=read[:, :-1].contiguous(), targets=targets, n_bytes=n_bytes, cu_seqlens=bounds
+        )
+
+
+class _Side:
+    """One side of the split: its stream of tokens, and its text as far as `floors` needs it.
+
+    starts: where each document's frame begins in the stream. text: the documents, each with a NUL
+    behind, up to the one that passes MAX_TEXT; n_bytes: of all documents. sizes: the bytes of text
+    that each token stands for, int32, None unless `sized`. joined: one and the same token ends a
+    document and begins the next.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, sized: bool = False) -> None:
+        self.tokenizer = tokenizer
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        ends = [t for t in dict.fromkeys([bos, eos]) if t is not None]
+        self.joined = len(ends) == 1
+        self.lead, self.tail = ends[:1], ends[1:]
+        self.width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+        self.stream, self.text = bytearray(), bytearray()
+        self.sizes = bytearray() if sized else None
+        self.starts = array("q")
+        self.length = self.n_bytes = 0
+
+    def add(self, text: str) -> None:
+        """Append a document."""
+        data = text.encode()
+        if self.n_bytes <= MAX_TEXT:
+            self.text += data + b"\0"
+        self.n_bytes += len(data)
+        self.starts.append(self.length)
+        self._append(self.lead)
+        self._append(self.tokenizer.array(text), text)
+        self._append(self.tail)
+
+    def close(self) -> None:
+        """End the last document."""
+        if self.joined:
+            self._append(self.lead)
+
+    def tokens(self) -> np.ndarray:
+        """The stream, which is not copied."""
+        return np.frombuffer(self.stream, self.width)
+
+    def begun(self, rows: np.ndarray, T: int) -> np.ndarray:
+        """Where documents begin in rows of T tokens laid end to end, or right behind a row: int64.
+
+        A row's first token is left out: it begins the row, whether or not a document.
+        """
+        starts = np.frombuffer(self.starts, np.int64)
+        first = np.searchsorted(starts, rows * T + 1)
+        last = np.searchsorted(starts, rows * T + T, "right")
+        found = [
+            starts[f:e] + (i - r) * T
+            for i, (f, e, r) in enumerate(zip(first, last, rows, strict=True))
+        ]
+        return np.concatenate(found)
+
+    def _append(self, ids: Sequence[int] | np.ndarray, text: str | None = None) -> None:
+        tokens = np.asarray(ids, self.width)
+        self.stream += tokens.tobytes()
+        self.length += len(tokens)
+        if self.sizes is not None:
+            sizes = np.zeros(len(tokens)) if text is None else self.tokenizer.sizes(text)
+            self.sizes += sizes.astype(np.int32).tobytes()
+
+
+def _split(texts: Iterator[str]) -> Iterator[tuple[bytes, str, bool]]:
+    """(sha256, text, whether it is held out) of each document, in order."""
+    waiting: list[tuple[bytes, str]] = []  # all, until one of them is held out
+    found = False
+    for text in texts:
+        waiting.append((hashlib.sha256(text.encode()).digest(), text))
+        found = found or waiting[-1][0][0] < HELD_OUT
+        if found:
+            yield from ((h, t, h[0] < HELD_OUT) for h, t in waiting)
+            waiting.clear()
+    least = min((h for h, _ in waiting), default=b"")
+    yield from ((h, t, h == least) for h, t in waiting)

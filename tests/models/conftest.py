@@ -1,0 +1,51 @@
+"""The models that the contract and the cost model are held against: every mixer of the union."""
+
+import pytest
+
+from glactl.models.lm import LMSpec
+from glactl.models.mixers import MIXERS
+
+BASE = {"d_model": 16, "n_layers": 2, "vocab_size": 11, "init_std": 0.3}
+MODELS = {m.model_fields["kind"].default: {} for m in MIXERS}  # each with its defaults
+MODELS |= {
+    f"{kind} grouped": {"mixer": {"kind": kind, "kv_heads": 2}}
+    for kind, m in zip(list(MODELS), MIXERS, strict=True)
+    if "kv_heads" in m.model_fields
+}
+for name in list(MODELS):
+    MODELS[name].setdefault("mixer", name)
+MODELS |= {
+    "window": {"mixer": {"kind": "attention", "window": 3}},
+    "no rotation": {"mixer": "attention", "positions": "none"},
+    "plain gla": {
+        "mixer": {
+            "kind": "gla",
+            "heads": 2,
+            "expand_k": 1.5,
+            "expand_v": 0.5,
+            "gate_rank": 3,
+            "feature_map": "relu",
+            "output_gate": False,
+        }
+    },
+    "few slots": {"mixer": {"kind": "gsa", "heads": 1, "slots": 3}, "tie_embeddings": True},
+    "hybrid": {
+        "n_layers": 3,
+        "mixer": ["gsa", {"kind": "attention", "window": 4, "kv_heads": 1}, "gla"],
+    },
+    "short_conv": {"mixer": ["gla", "attention"], "short_conv": 3},
+    "learned": {
+        "positions": "learned",
+        "max_len": 40,
+        "norm": "layernorm",
+        "ffn": "glu",
+        "ffn_hidden": 24,
+        "embedding_scale": 4.0,
+    },
+    "no ffn": {"ffn": "none", "tie_embeddings": True, "short_conv": 4},
+}
+
+
+@pytest.fixture(params=MODELS)
+def spec(request):
+    return LMSpec.model_validate(BASE | MODELS[request.param])
