@@ -169,7 +169,7 @@ def packed(lengths):
         ([5, 1, 0, 7, 3], torch.int32),
         ([0, 4, 0], torch.int64),
         ([0], torch.int32),
-        ([1, 1, 2, 8, 16], torch.int64),
+        ([1, 5, 1, 8, 2], torch.int64),
     ],
     ids=str,
 )
