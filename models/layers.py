@@ -83,6 +83,25 @@ def layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> L
     return Layout(sequence, token - bounds[sequence], bounds[:-1], bounds.diff())
 
 
+def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) -> None:
+    """Raise ValueError unless tokens (B, T), cu_seqlens and so many states fit together."""
+    if tokens.ndim != 2:
+        raise ValueError(f"tokens are {tuple(tokens.shape)}; allowed: two axes, (B, T)")
+    N, T = tokens.shape
+    if cu_seqlens is not None:
+        if N != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
+            raise ValueError(
+                f"cu_seqlens is {tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}; "
+                "allowed: (N + 1,) with tokens (1, T)"
+            )
+        bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+            raise ValueError(f"cu_seqlens is {bounds}; allowed: from 0 to {T}, never falling")
+        N = len(bounds) - 1
+    if states not in (None, N):
+        raise ValueError(f"state is of {states} sequences; allowed: {N}, as many as are read")
+
+
 class RMSNorm(nn.Module):
     """(1) over the last axis, in fp32 or wider; weight (d,) starts at 1."""
 
@@ -136,7 +155,7 @@ class ShortConv(nn.Module):
 
     The weights (width, d) are drawn as all others are, close to 0, so that a new layer passes its
     input through: a mixer behind it starts as if it were not there, and weight decay pulls it back
-    to that. Drawn without x_t in (4), it would scale the mixer's input by about init_std.
+    to that. Drawn without x_t in (4), it would shrink the mixer's input to their size.
 
     State: "conv" (N, width - 1, d), the last inputs, 0 at the start.
     """

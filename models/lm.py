@@ -19,7 +19,17 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from glactl.models.layers import GLU, LayerNorm, RMSNorm, ShortConv, State, glu_hidden, layout, wide
+from glactl.models.layers import (
+    GLU,
+    LayerNorm,
+    RMSNorm,
+    ShortConv,
+    State,
+    check_layout,
+    glu_hidden,
+    layout,
+    wide,
+)
 from glactl.models.mixers import MixerSpec
 from glactl.models.mixers.gla import GLA
 from glactl.models.spec import Spec
@@ -49,7 +59,7 @@ class LMSpec(Spec):
     embed_dropout: float = Field(0.0, ge=0, lt=1)
     tie_embeddings: bool = False
     embedding_scale: float = Field(1.0, gt=0)
-    init_std: float = Field(0.02, gt=0)
+    init_std: float | None = Field(None, gt=0)
     short_conv: int | None = Field(None, ge=2)
 
     @model_validator(mode="after")
@@ -85,6 +95,11 @@ class LMSpec(Spec):
     def hidden(self) -> int:
         """The inner width of the channel mixer, 0 where there is none."""
         return 0 if self.ffn == "none" else self.ffn_hidden or glu_hidden(self.d_model)
+
+    @property
+    def std(self) -> float:
+        """The standard deviation of fresh weights."""
+        return self.init_std or min(0.08, self.d_model**-0.5)
 
     @property
     def vocab(self) -> int:
@@ -203,7 +218,7 @@ class LM(nn.Module):
             ValueError: shapes or bounds that do not fit together, or more tokens than max_len
                 where positions are learned.
         """
-        self._check(tokens, state, cu_seqlens)
+        check_layout(tokens, None if state is None else len(state.position), cu_seqlens)
         B, T = tokens.shape
         h = self.embed(tokens) * self.spec.embedding_scale
         at = layout(B, T, cu_seqlens, tokens.device)
@@ -265,27 +280,6 @@ class LM(nn.Module):
         p: Tensor = self.positions(place)
         return p
 
-    @staticmethod
-    def _check(tokens: Tensor, state: LMState | None, cu_seqlens: Tensor | None) -> None:
-        """Raise ValueError where the arguments of `forward` do not fit together."""
-        if tokens.ndim != 2:
-            raise ValueError(f"tokens are {tuple(tokens.shape)}; allowed: two axes, (B, T)")
-        N, T = tokens.shape
-        if cu_seqlens is not None:
-            if N != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
-                raise ValueError(
-                    f"cu_seqlens is {tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}; "
-                    "allowed: (N + 1,) with tokens (1, T)"
-                )
-            bounds = cu_seqlens.tolist()
-            if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
-                raise ValueError(f"cu_seqlens is {bounds}; allowed: from 0 to {T}, never falling")
-            N = len(bounds) - 1
-        if state is not None and len(state.position) != N:
-            raise ValueError(
-                f"state is of {len(state.position)} sequences; allowed: {N}, as many as are read"
-            )
-
 
 def build_lm(
     spec: LMSpec,
@@ -295,7 +289,7 @@ def build_lm(
 ) -> LM:
     """The model of `spec` with fresh weights, in training mode.
 
-    Weights of two or more axes are N(0, init_std), those of norms 1, biases 0. They are drawn on
+    Weights of two or more axes are N(0, spec.std), those of norms 1, biases 0. They are drawn on
     the CPU in fp32 by a generator made of `seed`, so they are the same on every device and, up to
     rounding, in every dtype; no other generator is touched.
 
@@ -316,7 +310,7 @@ def build_lm(
     generator = torch.Generator().manual_seed(seed)
     for name, p in lm.named_parameters():
         if p.ndim >= 2:
-            nn.init.normal_(p, std=spec.init_std, generator=generator)
+            nn.init.normal_(p, std=spec.std, generator=generator)
         else:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
     return lm.to(device=device, dtype=dtype)

@@ -31,6 +31,7 @@ from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost,
 
 GROWTH = 64  # tokens that a full state grows by, so that few steps copy it
 INT64 = 8  # bytes
+STATE = ("k", "v", "length")
 
 
 class Attention(nn.Module):
@@ -249,16 +250,12 @@ class Attention(nn.Module):
             missing = max(longest - state["k"].shape[1], 0)
             old = {name: F.pad(x, (0, 0, 0, 0, 0, missing)) for name, x in old.items()}
         else:
-            kept = (
-                place >= (length - self.window)[sequence]
-            )  # only what stays, so no row is hit twice
+            # only what stays, so that no row is written twice
+            kept = place >= (length - self.window)[sequence]
             row, sequence = place[kept] % self.window, sequence[kept]
             new = {name: x[kept] for name, x in new.items()}
         after = {name: old[name].index_put((sequence, row), new[name]) for name in old}
         return {**after, "length": length}
-
-
-STATE = ("k", "v", "length")
 
 
 def _groups(length: Tensor) -> Iterator[tuple[Tensor, int]]:

@@ -270,3 +270,9 @@ def test_small_models_learn_to_copy(mixer):
         if correct.float().mean() > 0.9:
             return
     pytest.fail(f"accuracy {correct.float().mean():.2f} after {step + 1} steps")
+
+
+def test_fresh_weights_are_wider_in_narrow_models():
+    assert LMSpec(d_model=64).std == 0.08
+    assert LMSpec(d_model=400).std == pytest.approx(0.05)
+    assert LMSpec(d_model=400, init_std=0.02).std == 0.02
