@@ -51,11 +51,11 @@ class OptimSpec(Spec):
 class TrainSpec(Spec):
     """How long, in what portions, and how often to look and to save; all in optimizer steps."""
 
-    steps: int = Field(800, ge=1)
+    steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=1)  # rows a step
     accumulate: int = Field(1, ge=1)  # micro-batches a step is cut into, to save memory
-    valid_every: int = Field(200, ge=1)
-    save_every: int = Field(200, ge=1)
+    valid_every: int = Field(250, ge=1)
+    save_every: int = Field(250, ge=1)
     keep_last: int = Field(2, ge=1)  # checkpoints
     log_every: int = Field(1, ge=1)
     stop_accuracy: float | None = Field(None, gt=0, le=1)  # end once validation accuracy passes it

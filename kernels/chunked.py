@@ -63,7 +63,7 @@ CLOSED = -1000.0  # in the place of -inf, so that sums stay finite: its exponent
 
 
 class _Weights:
-    """f, r (Z, C, D) and a, b (Z, D) of a gate, and which chunks take (8)."""
+    """f, r (Z, C, D) and a, b (Z, D) of a gate g, whose memory they take, and the chunks of (8)."""
 
     def __init__(self, g: Tensor, filled: Tensor) -> None:
         G = g.cumsum(1)
@@ -71,11 +71,11 @@ class _Weights:
         self.exact = (G[:, -1] < safe[:, None]).any(-1).nonzero().squeeze(-1)
         G[self.exact] = 0  # exp is many times slower where it leaves the range
         end = G[:, -1]
-        self.f = (G - end[:, None] / 2).exp_()  # (7)
-        self.r = 1 / self.f
         self.a = (end / 2).exp()
         self.b = self.a.clone()
-        self.gates = g[self.exact].exp()
+        self.gates = halving.cut(g[self.exact].exp_())
+        self.f = G.sub_(end[:, None] / 2).exp_()  # (7)
+        self.r = torch.reciprocal(self.f, out=g)
         if len(self.exact):
             f, r = halving.ends(self.gates)  # (8)
             self.f[self.exact], self.r[self.exact] = f, r
@@ -100,9 +100,10 @@ def _heads(x: Tensor, C: int) -> Tensor:
     return x.view(len(x), -1, C, x.shape[-1])
 
 
-def _weighted(x: Tensor, weight: Tensor) -> Tensor:
-    """x (Z, R C, D) times weight (Z, C, D)."""
-    return (_heads(x, weight.shape[1]) * weight[:, None]).view_as(x)
+def _weigh(x: Tensor, weight: Tensor) -> Tensor:
+    """x (Z, R C, D) times weight (Z, C, D), in place."""
+    _heads(x, weight.shape[1]).mul_(weight[:, None])
+    return x
 
 
 def _gate_gradient(within: Tensor, early: Tensor, states: Tensor) -> Tensor:
@@ -154,9 +155,9 @@ class _KeyGate(torch.autograd.Function):
         H, C = k.shape[2], chunks.rows
         qc, kc, vc, gc = (chunks.fold(x, H, dtype) for x in (q, k, v, g))
         w = _Weights(gc.clamp_(min=CLOSED), chunks.filled)
-        qx, kx = _weighted(qc, w.f), kc * w.r
-        A = _lower(qx @ kx.mT, C)  # (1)
         qe, ke = _heads(qc, C)[w.exact], kc[w.exact]
+        qx, kx = _weigh(qc, w.f), kc.mul_(w.r)
+        A = _lower(qx @ kx.mT, C)  # (1)
         if len(w.exact):
             A[w.exact] = halving.scores(qe, ke, w.gates).flatten(1, 2)
         S = chunks.sort(state, kx, (chunks.N, H, k.shape[3], v.shape[3]))
@@ -183,11 +184,12 @@ class _KeyGate(torch.autograd.Function):
         dq = (dA @ kx).baddbmm_(do, S.mT)
         dk, outer = dA.mT @ qx, v @ D.mT
         dv = (A.mT @ do).baddbmm_(kx, D)  # (3)
-        states = (S * D).sum(-1) * (b / a)
-        dg = _gate_gradient(_within(qx, dq, kx, dk), kx * outer, states)  # (6)
-        dq, dk = _weighted(dq, f), dk.add_(outer).mul_(r)  # (4)
+        states = D.mul_(S).sum(-1) * (b / a)
+        within = _within(qx, dq, kx, dk)
+        dq, dk = _weigh(dq, f), dk.add_(outer).mul_(r)  # (4)
+        dg = _gate_gradient(within, outer.mul_(kx), states)  # (6)
         if len(exact):
-            dq.view(len(dq), -1, C, dq.shape[-1])[exact] += pairs[0]
+            _heads(dq, C)[exact] += pairs[0]
             dk[exact] += pairs[1]
             dg[exact] += pairs[2]
         return _out(ctx, dq, dk, dv, dg, dstate)
@@ -205,15 +207,15 @@ class _ValueGate(torch.autograd.Function):
         H, C = k.shape[2], chunks.rows
         qc, kc, vc, gc = (chunks.fold(x, H, dtype) for x in (q, k, v, g))
         w = _Weights(gc.clamp_(min=CLOSED), chunks.filled)
-        vx = vc * w.r
         A = _lower(qc @ kc.mT, C)
         Ae, ve = _heads(A, C)[w.exact], vc[w.exact]
+        vx = vc.mul_(w.r)
         if len(w.exact):
             A[w.exact] = 0
         S = chunks.sort(state, vx, (chunks.N, H, k.shape[3], v.shape[3]))
         S, final = chunks.walk(kc.mT @ vx, w.a[:, None], w.b[:, None], S)
         ox = (A @ vx).baddbmm_(qc, S)
-        o = _weighted(ox, w.f)  # (9)
+        o = _weigh(ox.clone(), w.f)  # (9)
         if len(w.exact):
             _heads(o, C)[w.exact] += halving.mix(Ae, ve, w.gates)
         ctx.save_for_backward(qc, kc, vx, A, S, ox, Ae, ve, *w.tensors())
@@ -227,21 +229,22 @@ class _ValueGate(torch.autograd.Function):
         q, k, vx, A, S, ox, Ae, ve, f, r, a, b, exact, gates = ctx.saved_tensors
         chunks, H, C = ctx.chunks, ctx.size[1], ctx.chunks.rows
         do = chunks.fold(do, H, q.dtype).mul_(ctx.scale)
-        dox = _weighted(do, f)
+        doe = _heads(do, C)[exact]
+        dox = _weigh(do, f)
         D, dstate = chunks.walk(
-            q.mT @ dox, a[:, None], b[:, None], chunks.sort(dfinal, do, ctx.size), back=True
+            q.mT @ dox, a[:, None], b[:, None], chunks.sort(dfinal, q, ctx.size), back=True
         )
         dA = _lower(dox @ vx.mT, C)
         if len(exact):
-            doe = _heads(do, C)[exact]
             dA[exact] = halving.scores(doe, ve, gates).flatten(1, 2)
             _, dve, dge = halving.gradients(Ae, doe, ve, gates)
         dq = (dA @ k).baddbmm_(dox, S.mT)
         dk = (dA.mT @ q).baddbmm_(vx, D.mT)  # (10)
         dv, outer = A.mT @ dox, k @ D
-        states = (S * D).sum(-2) * (b / a)
-        dg = _gate_gradient(_within(dox, ox, vx, dv), vx * outer, states)  # (11)
+        states = D.mul_(S).sum(-2) * (b / a)
+        within = _within(dox, ox, vx, dv)
         dv = dv.add_(outer).mul_(r)
+        dg = _gate_gradient(within, outer.mul_(vx), states)  # (11)
         if len(exact):
             dv[exact] += dve
             dg[exact] += dge
@@ -266,12 +269,11 @@ class _Scalar(torch.autograd.Function):
         f, r = G.exp().to(dtype), L[:, -1, :, None]
         b = f[:, -1:]
         a = torch.ones_like(b)
-        qx, kx = _weighted(qc, f), kc * r
-        A = (_heads(qc @ kc.mT, C) * L[:, None]).flatten(1, 2)  # (12)
-        S = chunks.sort(state, kx, (chunks.N, H, k.shape[3], v.shape[3]))
-        S, final = chunks.walk(kx.mT @ vc, a, b, S)
-        o = (A @ vc).baddbmm_(qx, S)
-        ctx.save_for_backward(qc, kc, vc, qx, kx, A, S, L, f, a)
+        A = _weigh(qc @ kc.mT, L)  # (12)
+        S = chunks.sort(state, kc, (chunks.N, H, k.shape[3], v.shape[3]))
+        S, final = chunks.walk((kc * r).mT @ vc, a, b, S)
+        o = _weigh(qc @ S, f).baddbmm_(A, vc)
+        ctx.save_for_backward(qc, kc, vc, A, S, L, f, a)
         _keep(ctx, chunks, scale, final.shape, q, k, v, g, state)
         return chunks.unfold(o.mul_(scale), q.shape[2], v.dtype), chunks.unsort(final)
 
@@ -279,26 +281,28 @@ class _Scalar(torch.autograd.Function):
     @once_differentiable
     @full_precision
     def backward(ctx: Any, do: Tensor, dfinal: Tensor) -> tuple[Any, ...]:
-        q, k, v, qx, kx, A, S, L, f, a = ctx.saved_tensors
+        q, k, v, A, S, L, f, a = ctx.saved_tensors
         chunks, H, C = ctx.chunks, ctx.size[1], ctx.chunks.rows
         b, r = f[:, -1:], L[:, -1, :, None]
         do = chunks.fold(do, H, q.dtype).mul_(ctx.scale)
-        D, dstate = chunks.walk(qx.mT @ do, a, b, chunks.sort(dfinal, do, ctx.size), back=True)
-        R = do @ v.mT
-        dA = (_heads(R, C) * L[:, None]).flatten(1, 2)  # (12)
-        dqx, dkx = do @ S.mT, v @ D.mT
-        dv = (A.mT @ do).baddbmm_(kx, D)
+        D, dstate = chunks.walk(
+            q.mT @ _weigh(do.clone(), f), a, b, chunks.sort(dfinal, do, ctx.size), back=True
+        )
+        dA = do @ v.mT
+        dq, dk = _weigh(do @ S.mT, f), (v @ D.mT).mul_(r)  # the parts of the states
+        dv = (k @ D).mul_(r).baddbmm_(A.mT, do)
         dg = None
         if ctx.needs_input_grad[3]:
-            lower = _triangle(C, do)
-            pairs = _heads(R.mul_(A), C).sum(1) @ lower.tril(-1).mT  # sums over j < t
-            late = _heads((qx * dqx).sum(-1, keepdim=True), C).sum(1)
-            early = (kx * dkx).sum(-1, keepdim=True)
-            states = (S * D).sum((1, 2))[:, None] * b[:, 0]
+            before_t = _triangle(C, do).tril_(-1)
+            pairs = _heads(dA * A, C).sum(1) @ before_t.mT
+            late = _heads((q * dq).sum(-1, keepdim=True), C).sum(1)
+            early = (k * dk).sum(-1, keepdim=True)
+            states = D.mul_(S).sum((1, 2))[:, None] * b[:, 0]
             dg = _gate_gradient(late, early, states)  # (13)
             dg += pairs.tril_().sum(1)[..., None]
-        dq = _weighted(dqx, f).baddbmm_(dA, k)
-        dk = dkx.mul_(r).baddbmm_(dA.mT, q)
+        dA = _weigh(dA, L)  # (12)
+        dq.baddbmm_(dA, k)
+        dk.baddbmm_(dA.mT, q)
         return _out(ctx, dq, dk, dv, dg, dstate)
 
 
@@ -312,10 +316,10 @@ def chunked(
     """
     B, T, H, K = k.shape
     dtype = state_dtype(q, k, v)
-    if T == 0:
+    if B * T == 0:
         size = (N, H, K, v.shape[3])
         state = k.new_zeros(size, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-        return v.new_zeros(B, 0, q.shape[2], v.shape[3]), state
+        return v.new_zeros(B, T, q.shape[2], v.shape[3]), state
     chunks = Chunks(B, T, None if cu_seqlens is None else cu_seqlens.tolist(), ROWS)
     if gate == "gk":
         return _KeyGate.apply(q, k, v, g, initial_state, scale, chunks, dtype)

@@ -99,7 +99,7 @@ def gla(
 
 def _triton(gate: str | None, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Output] | None:
     """The Triton engine for these inputs, or None where there is none; imported when first used."""
-    fits = state_dtype(q, k, v) == torch.float32 and q.shape[1] > 0
+    fits = state_dtype(q, k, v) == torch.float32 and q.numel() > 0
     if gate == "gk" and fits and q.shape[3] <= TRITON_WIDEST_KEY:
         from glactl.kernels.triton_gla_op import gla_key
 

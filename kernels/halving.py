@@ -33,17 +33,30 @@ from torch import Tensor
 def ends(a: Tensor) -> tuple[Tensor, Tensor]:
     """Decay (n, C, D) from the start of the chunk through row t, and from behind t to the end."""
     later = torch.cat((a[:, 1:], torch.ones_like(a[:, :1])), 1)
-    return a.cumprod(1), later.flip(1).cumprod(1).flip(1)
+    return cut(a.cumprod(1)), cut(later.flip(1).cumprod(1).flip(1))
+
+
+def cut(decay: Tensor) -> Tensor:
+    """decay with 0 for what is below the square root of the least number, in place.
+
+    The product of two such factors is then 0 or a normal number. Arithmetic on denormal ones is
+    slower by an order of magnitude on Intel's processors: strong gates took 7 times as long as
+    mild ones there, and 3 times without. In fp32 this ends at 1e-19, a gate of -43.7.
+    """
+    return torch.threshold_(decay, torch.finfo(decay.dtype).tiny ** 0.5, 0.0)
 
 
 def _levels(a: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For halves of b = 1, 2, 4 .. rows: b, f of the later and r of the earlier ones (5)."""
-    f, r, b = a, torch.ones_like(a), 1
+    """For halves of b = 1, 2, 4 .. rows: b, f of the later and r of the earlier ones (5).
+
+    f and r hold until the next level is asked for.
+    """
+    f, r, b = a.clone(), torch.ones_like(a), 1
     while b < a.shape[1]:
-        (early, late), (r_early, r_late) = _halves(f, b), _halves(r, b)
+        (early, late), (r_early, _) = _halves(f, b), _halves(r, b)
         yield b, late.flatten(-3, -2), r_early.flatten(-3, -2)
-        f = torch.stack((early, late * early[..., -1:, :]), -3).view_as(a)
-        r = torch.stack((r_early * late[..., -1:, :], r_late), -3).view_as(a)
+        cut(r_early.mul_(late[..., -1:, :]))
+        cut(late.mul_(early[..., -1:, :]))
         b *= 2
 
 

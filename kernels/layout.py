@@ -107,19 +107,23 @@ class Chunks:
     def walk(
         self, U: Tensor, a: Tensor, b: Tensor, X: Tensor, back: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The recurrence (1), from X (N, H, K, V), which it overwrites.
+        """The recurrence (1), from X (N, H, K, V).
 
-        U (Z, K, V); a and b broadcast against it. Returns X~ of every chunk, (Z, K, V), and X
-        behind the last one.
+        U (Z, K, V); a and b broadcast against it. Returns X~ of every chunk, (Z, K, V), in the
+        memory of U, and X behind the last one.
         """
-        U, a, b = (x.view(-1, X.shape[1], *x.shape[1:]) for x in (U, a, b))
-        framed = torch.empty_like(U)
-        stops = torch.tensor(self.counts).cumsum(0).tolist()
-        steps = list(zip(stops, self.counts, strict=True))
-        for stop, count in reversed(steps) if back else steps:
-            n = slice(stop - count, stop)
-            x = X[:count]
-            torch.mul(x, a[n], out=framed[n])
-            torch.mul(framed[n], b[n], out=x)
-            x.addcmul_(U[n], a[n])  # (1)
-        return framed.flatten(0, 1), X
+        heads = X.shape[1]
+        framed = U.mul_(a).view(-1, *X.shape[1:])
+        factors = (x.view(-1, heads, *x.shape[1:]) for x in (a, a * b))
+        steps = list(zip(*(x.split(self.counts) for x in (framed, *factors)), strict=True))
+        x, done = X[:0] if back else X, []
+        for u, a_n, both in reversed(steps) if back else steps:
+            if len(x) > len(u):  # some sequences have ended
+                done.append(x[len(u) :])
+                x = x[: len(u)]
+            elif len(x) < len(u):  # the walk back comes to their last chunks
+                x = torch.cat((x, X[len(x) : len(u)]))
+            after = torch.addcmul(u, x, both)  # (1), two operations a step where T is long
+            torch.mul(x, a_n, out=u)
+            x = after
+        return U, torch.cat((x, *([X[len(x) :]] if back else reversed(done))))

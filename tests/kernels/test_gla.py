@@ -204,13 +204,16 @@ def test_inputs_stay_as_they_were() -> None:
     assert all(torch.equal(x, y) for x, y in zip(grads, given, strict=True))
 
 
+@pytest.mark.parametrize(("B", "T"), [(2, 0), (0, 5)])
 @pytest.mark.parametrize("gate", GATES)
-def test_no_tokens(gate: str) -> None:
-    for N, cu in ((2, None), (3, torch.tensor([0, 0, 0, 0]))):
-        xs, _ = inputs(gate, "open", 2 if cu is None else 1, 0, 1, 2, 4, 6, N)
+def test_no_tokens(gate: str, B: int, T: int) -> None:
+    for N, cu in ((B, None), (3, torch.tensor([0, 0, 0, 0]))):
+        if cu is not None and T:
+            continue
+        xs, _ = inputs(gate, "open", B if cu is None else 1, T, 1, 2, 4, 6, N)
         for backend in ("chunked", "reference"):
             o, final = gla(**xs, output_final_state=True, cu_seqlens=cu, backend=backend)
-            assert o.shape == (len(xs["q"]), 0, 2, 6)
+            assert o.shape == (len(xs["q"]), T, 2, 6)
             assert torch.equal(final, xs["initial_state"])
 
 
