@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 Backend = Literal["chunked", "reference", "triton"]
+# Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
+# code before. The others were so in Triton's interpreter alone, and run where they are asked for.
+PROVEN = frozenset({"gk"})
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -22,7 +25,8 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
 
     Returns:
         "triton" on a CUDA device where Triton is installed, else "chunked"; `backend` if given.
-        What "triton" has no kernels for runs chunked: see the operators.
+        What "triton" has no kernels for runs chunked, and so does, unless "triton" is asked for,
+        what has kernels that are not in `PROVEN`.
 
     Raises:
         ValueError: no such backend, or "triton" without a CUDA device or without Triton.

@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from glactl.kernels.backend import full_precision, pick_backend
+from glactl.kernels.backend import PROVEN, full_precision, pick_backend
 from glactl.kernels.checks import (
     check_bounds,
     check_gates,
@@ -59,8 +59,8 @@ def gla(
         output_final_state: whether to return S_T.
         cu_seqlens: (N + 1,) int32 or int64 on q's device, from 0 to T: sequence n is the rows
             cu_seqlens[n] to cu_seqlens[n + 1], which may be none. B is then 1, N otherwise B.
-        backend: see `pick_backend`. "triton" has kernels for gk in fp32, bf16 and fp16 with K at
-            most 512; all else runs chunked.
+        backend: see `pick_backend`. "triton" has kernels for gk, g and no gate in fp32, bf16 and
+            fp16 with K at most 512; all else runs chunked.
 
     Returns:
         o: (B, T, HQ, V) in v's dtype, and the final state (N, H, K, V), fp32 or, where q, k or v
@@ -84,27 +84,35 @@ def gla(
             output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     scale = q.shape[3] ** -0.5 if scale is None else scale
+    engine = _triton(gate, q, k, v, backend is not None) if picked == "triton" else None
+    if engine is not None:
+        return engine(
+            q, k, v, gk if gate == "gk" else g, scale=scale, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
     if g is not None:
         g = g.expand(k.shape[:3])
     given = next((x for x in (gk, gv, g) if x is not None), None)
-    engine = _triton(gate, q, k, v) if picked == "triton" else None
-    if engine and given is not None:
-        return engine(
-            q, k, v, given, scale=scale, initial_state=initial_state,
-            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
-        )  # fmt: skip
     o, final = chunked(q, k, v, gate, given, scale, initial_state, N, cu_seqlens)
     return o, final if output_final_state else None
 
 
-def _triton(gate: str | None, q: Tensor, k: Tensor, v: Tensor) -> Callable[..., Output] | None:
+def _triton(
+    gate: str | None, q: Tensor, k: Tensor, v: Tensor, asked: bool
+) -> Callable[..., Output] | None:
     """The Triton engine for these inputs, or None where there is none; imported when first used."""
-    fits = state_dtype(q, k, v) == torch.float32 and q.numel() > 0
-    if gate == "gk" and fits and q.shape[3] <= TRITON_WIDEST_KEY:
+    fits = state_dtype(q, k, v) == torch.float32 and q.shape[0] * q.shape[1] > 0
+    if gate == "gv" or not fits or q.shape[3] > TRITON_WIDEST_KEY:
+        return None
+    if gate not in PROVEN and not asked:
+        return None
+    if gate == "gk":
         from glactl.kernels.triton_gla_op import gla_key
 
         return gla_key
-    return None
+    from glactl.kernels.triton_scalar_op import gla_scalar
+
+    return gla_scalar
 
 
 @full_precision
@@ -143,6 +151,7 @@ def gla_reference(
 def gla_step(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, gk: Tensor | None = None,
     gv: Tensor | None = None, g: Tensor | None = None, scale: float | None = None,
+    backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """One token of each of N sequences: equations (1) and (2) without gradients.
 
@@ -155,6 +164,7 @@ def gla_step(
         gv: log gates of the value axis, (N, H, V).
         g: log decay, (N, H) or (H,). At most one of the three, in [-inf, 0].
         scale: factor on the read-out; K**-0.5 if None.
+        backend: "triton" for one launch on a CUDA device; see `pick_backend`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -172,6 +182,10 @@ def gla_step(
     check_gates(gk=gk, gv=gv, g=g)
     dtype = state_dtype(q, k, v)
     check_state("state", state, dtype)
+    if pick_backend(q.device, backend) == "triton" and (backend or "step" in PROVEN):
+        from glactl.kernels.triton_step import gla_step_triton
+
+        return gla_step_triton(q, k, v, state, gk=gk, gv=gv, g=g, scale=scale)
     decay = _decay(gk, gv, g, dtype)
     if decay is not None:
         state.mul_(decay)

@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from glactl.kernels.backend import full_precision, pick_backend
+from glactl.kernels.backend import PROVEN, full_precision, pick_backend
 from glactl.kernels.checks import (
     check_bounds,
     check_gates,
@@ -54,7 +54,8 @@ def gsa(
         initial_state: (Sk, Sv), (N, H, K, M) and (N, H, M, V); zero if None.
         output_final_state: whether to return the states behind the last token.
         cu_seqlens: (N + 1,) bounds of packed sequences, as of `gla`.
-        backend: see `pick_backend`; there are no Triton kernels, and "triton" runs chunked.
+        backend: see `pick_backend`. "triton" has kernels for fp32, bf16 and fp16 with up to 128
+            slots, 256 in bf16; all else runs chunked.
 
     Returns:
         o: (B, T, HQ, V) in v's dtype, and the final (Sk, Sv), fp32 or, where q, k or v is fp64,
@@ -69,7 +70,15 @@ def gsa(
     Cost: two calls of linear attention, O(B T H (32 (K + V + 2 M) + M (K + V))) time.
     """
     N = _check(q, k, v, s, g, initial_state, cu_seqlens)
-    if pick_backend(q.device, backend) == "reference":
+    picked = pick_backend(q.device, backend)
+    if picked == "triton" and _fits_triton(q, k, v, g if s is None else s, backend is not None):
+        from glactl.kernels.triton_gsa_op import gsa_fused
+
+        return gsa_fused(
+            q, k, v, s, g, scale=scale, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    if picked == "reference":
         return gsa_reference(
             q, k, v, s, g, scale=scale, initial_state=initial_state,
             output_final_state=output_final_state, cu_seqlens=cu_seqlens,
@@ -80,6 +89,15 @@ def gsa(
     p = z.softmax(-1)
     o, Sv = chunked(p, s, v, "gk" if g is not None else None, g, 1.0, Sv, N, cu_seqlens)  # (2, 4)
     return o, (Sk, Sv) if output_final_state else None
+
+
+def _fits_triton(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, asked: bool) -> bool:
+    """Whether the Triton engine takes these inputs."""
+    if slots is None or not (asked or "gsa" in PROVEN):
+        return False
+    most = 256 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else 128
+    rows = q.shape[0] * q.shape[1]
+    return state_dtype(q, k, v) == torch.float32 and rows > 0 and slots.shape[3] <= most
 
 
 @full_precision
@@ -120,7 +138,7 @@ def gsa_reference(
 @torch.no_grad()
 def gsa_step(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor | None, state: States, *,
-    scale: float = 1.0,
+    scale: float = 1.0, backend: str | None = None,
 ) -> Tensor:  # fmt: skip
     """One token of each of N sequences: equations (1) to (4) without gradients.
 
@@ -133,6 +151,7 @@ def gsa_step(
         state: (Sk, Sv), (N, H, K, M) and (N, H, M, V), fp32, or fp64 where q, k or v is; updated
             in place.
         scale: factor on the logits of the softmax.
+        backend: "triton" for one launch on a CUDA device; see `pick_backend`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -151,6 +170,10 @@ def gsa_step(
     check_state("state[0]", Sk, dtype)
     check_state("state[1]", Sv, dtype)
     w = _strength(s, g, dtype)
+    if pick_backend(q.device, backend) == "triton" and (backend or "gsa step" in PROVEN):
+        from glactl.kernels.triton_step import gsa_step_triton
+
+        return gsa_step_triton(q, k, v, s, g, state, scale=scale)
     if g is not None:
         a = g.to(dtype).exp()
         Sk.mul_(a[..., None, :])

@@ -23,6 +23,8 @@ brackets; measured on an H100). Not measured yet.
 
 The sweeps at K 256 take 8 warps, which fit the registers; with 4 they spill 312 and 468 bytes, yet
 the key gate's are faster so (0.43 against 0.48, 0.54 against 0.57): measure both.
+`gradients` and `score_gradient` are held to 128 registers a thread, so that two blocks share a
+multiprocessor; with a gradient for g they spill 112 and 12 bytes after their loops, without none.
 """
 
 from dataclasses import dataclass
@@ -215,9 +217,11 @@ def backward(
 
     t = p.tiles.score_gradient
     da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
+    own = p.new(*((nb, HQ, BLOCK) if want_gate else (0,)), dtype=torch.float32)
     backward_kernels.score_gradient[(nb * HQ,)](
-        do, p.v, p.g, p.layout.blocks, da, p.scale, p.H,
-        V=p.V, VB=t.V, SPLIT=p.split, **p.common, **t.options, **(TWO_BLOCKS if p.split else {}),
+        do, p.v, p.g, p.layout.blocks, da, own, p.scale, p.H,
+        V=p.V, VB=t.V, GRAD=want_gate, SPLIT=p.split, **p.common, **t.options,
+        **(TWO_BLOCKS if p.split else {}),
     )  # fmt: skip
 
     t = p.tiles.gradients
@@ -228,7 +232,7 @@ def backward(
     # where one step covers V, its buffers leave no room for a second block
     pair = TWO_BLOCKS if p.split and p.V > t.V else {}
     backward_kernels.gradients[(nb * p.H * NK,)](
-        p.q, p.k, p.g, do, p.v, states, dstates, da, p.layout.blocks, dq, dk, shares, through,
+        p.q, p.k, p.g, do, p.v, states, dstates, da, own, p.layout.blocks, dq, dk, shares, through,
         p.scale, p.H,
         K=p.K, V=p.V, KB=t.K, VB=t.V, GRAD=want_gate, SPLIT=p.split, **p.common, **t.options,
         **pair,

@@ -13,8 +13,9 @@ stored states takes the chunk's place in (3)-(5), with P, X and L over its rows.
 `sweep_back` is (1), one walk per segment with D of (K, VB) in registers, stored once in a block;
 `score_gradient` is (2); `gradients` makes dq and dk of a block and K tile from S, D and dA, and,
 where g wants a gradient, that tile's share of (5), which `gate_gradient` adds up. (5) holds only
-paths that cross t and starts anew in every block; the last sum cancels to fp32 rounding, because
-both of its terms come from the same operands. dA is kept as the sum of two bf16 numbers, as A.
+paths that cross t and starts anew in every block; its last sum cancels to fp32 rounding, because
+both terms come from the same operands, and leaves out the diagonal of dA, which crosses no t and
+under strong decays would be all there is to cancel. dA is kept as two bf16 numbers, as A.
 
 Every transposed operand comes from memory, none from registers: tl.trans of a product's result as
 the first operand of another is what Triton 3.4 to 3.7.0 compiles wrongly on sm_90.
@@ -100,12 +101,13 @@ def sweep_back(
 
 @triton.jit
 def score_gradient(
-    do, v, g, blocks, da, scale,
+    do, v, g, blocks, da, own, scale,
     H,
-    V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
+    V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr, GRAD: tl.constexpr,
     SPLIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """(2) for one block and query head; grid (blocks * HQ)."""
+    """(2) for one block and query head; grid (blocks * HQ). If GRAD, its diagonal goes into own
+    (blocks, HQ, 128) instead."""
     pid = tl.program_id(0).to(tl.int64)
     HQ = H * R
     hq, block = pid % HQ, pid // HQ
@@ -128,7 +130,11 @@ def score_gradient(
         dA = tl.dot(E, tl.trans(W), dA, input_precision=PREC)
     if GATE != 0:
         dA *= decays_between(g, row, rows, hq // R, H, 128, GATE, dtype)
-    dA = tl.where(i[:, None] >= i[None, :], dA * scale, 0.0)
+    if GRAD:
+        diagonal = tl.where(i[:, None] == i[None, :], dA, 0.0)
+        tl.store(own + pid * 128 + i, tl.sum(diagonal, 1) * scale)
+    kept = i[:, None] > i[None, :] if GRAD else i[:, None] >= i[None, :]
+    dA = tl.where(kept, dA * scale, 0.0)
     da += pid * ((1 + SPLIT) * 128 * 128)
     at = i[:, None] * 128 + i[None, :]
     hi = dA.to(dtype)
@@ -139,7 +145,7 @@ def score_gradient(
 
 @triton.jit
 def gradients(
-    q, k, g, do, v, states, dstates, da, blocks, dq, dk, shares, through, scale,
+    q, k, g, do, v, states, dstates, da, own, blocks, dq, dk, shares, through, scale,
     H,
     K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr,
     GATE: tl.constexpr, GRAD: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
@@ -147,7 +153,7 @@ def gradients(
     """(3), (4) of one block, head and K tile; grid (blocks * H * K / KB).
 
     If GRAD, into shares (blocks, H, K / KB, 3, 128) the tile's q.dq, k.dk_state and k.dk of every
-    row, and into through (blocks, H, K / KB) its <S, D>.
+    row, all without the diagonal of dA, and into through (blocks, H, K / KB) its <S, D>.
     """
     pid = tl.program_id(0).to(tl.int64)
     NK: tl.constexpr = K // KB
@@ -202,7 +208,8 @@ def gradients(
                 tl.store(through + pid, tl.sum(SD))
                 Y = tl.load(k + at_k, mask=live, other=0.0)
                 tl.store(shares + 128, tl.sum(Y.to(tl.float32) * dK, 1))
-        # q and k are read again for every use: kept, they cost a block its place beside another
+        # q and k are read again for every use, a store or barrier between so that the compiler
+        # does not join the reads: kept, they cost a block its place beside another
         Y = tl.load(k + at_k, mask=live, other=0.0).to(dtype)
         Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0).to(dtype)
         da_r = da + (block * HQ + hq) * ((1 + SPLIT) * 128 * 128)
@@ -210,15 +217,23 @@ def gradients(
             M = tl.load(da_r + part * (128 * 128) + at_dA)
             dQ = tl.dot(M, Y, dQ, input_precision=PREC)
             dK = tl.dot(tl.trans(M), Q, dK, input_precision=PREC)
-        tl.store(dq + (row * HQ + hq) * K + at_q, dQ, mask=live)
         if GRAD:
+            tl.debug_barrier()
             Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0)
             q_dq += tl.sum(Q.to(tl.float32) * dQ, 1)
-    tl.store(dk + (row * H + head) * K + at_k, dK, mask=live)
+            tl.store(shares, q_dq)
+            same = tl.load(own + (block * HQ + hq) * 128 + i)[:, None]
+            dQ += same * tl.load(k + at_k, mask=live, other=0.0).to(tl.float32)
+        tl.store(dq + (row * HQ + hq) * K + at_q, dQ, mask=live)
     if GRAD:
-        tl.store(shares, q_dq)
         Y = tl.load(k + at_k, mask=live, other=0.0)
         tl.store(shares + 256, tl.sum(Y.to(tl.float32) * dK, 1))
+        for r in tl.static_range(R):
+            hq = head * R + r
+            same = tl.load(own + (block * HQ + hq) * 128 + i)[:, None]
+            Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0)
+            dK += same * Q.to(tl.float32)
+    tl.store(dk + (row * H + head) * K + at_k, dK, mask=live)
 
 
 @triton.jit

@@ -34,8 +34,9 @@ TILE = 16384  # state elements a program of `_gsa_step` holds: 32 a thread
 @triton.jit
 def _gla_step(
     q, k, v, gk, gv, g, state, o, scale,
-    H, K, V,
-    KP: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, PER_TOKEN: tl.constexpr,
+    H,
+    K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, R: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
 ):  # fmt: skip
     """(1) for one sequence, head and VB columns of V; KP is K up to a power of two."""
     pid = tl.program_id(0).to(tl.int64)
@@ -79,8 +80,8 @@ def _strength(s, g, at, inside, dtype: tl.constexpr):
 @triton.jit
 def _gsa_step(
     q, k, v, s, g, keys, values, o, scale,
-    K, V, M,
-    MP: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
+    K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, MP: tl.constexpr,
+    KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
 ):  # fmt: skip
     """(2), (3) for one sequence and head; MP, RP are M, R up to powers of two."""
     at = tl.program_id(0).to(tl.int64)
@@ -172,8 +173,8 @@ def gla_step_triton(
     o = torch.empty(N, HQ, V, dtype=v.dtype, device=v.device)
     width = column_tile(N * H, K, V)
     _gla_step[(N * H * triton.cdiv(V, width),)](
-        *_contiguous(q, k, v, gk, gv, g), state, o, K**-0.5 if scale is None else scale, H, K, V,
-        KP=triton.next_power_of_2(K), VB=width, R=HQ // H,
+        *_contiguous(q, k, v, gk, gv, g), state, o, K**-0.5 if scale is None else scale, H,
+        K=K, V=V, KP=triton.next_power_of_2(K), VB=width, R=HQ // H,
         PER_TOKEN=g is not None and g.dim() == 2, num_warps=4,
     )  # fmt: skip
     return o
@@ -209,8 +210,9 @@ def gsa_step_triton(
     o = torch.empty(N, HQ, V, dtype=v.dtype, device=v.device)
     slots, most = triton.next_power_of_2(M), max(1, TILE // triton.next_power_of_2(M))
     _gsa_step[(N * H,)](
-        *_contiguous(q, k, v, s, g), Sk, Sv, o, scale, K, V, M,
-        MP=slots, KB=min(most, triton.next_power_of_2(K)), VB=min(most, triton.next_power_of_2(V)),
+        *_contiguous(q, k, v, s, g), Sk, Sv, o, scale,
+        K=K, V=V, M=M, MP=slots,
+        KB=min(most, triton.next_power_of_2(K)), VB=min(most, triton.next_power_of_2(V)),
         R=HQ // H, RP=triton.next_power_of_2(HQ // H), num_warps=16,
     )  # fmt: skip
     return o

@@ -6,15 +6,14 @@ from itertools import pairwise
 
 import pytest
 import torch
-import torch.nn.functional as F
+from oracle import CUDA, DEVICE, assert_as_good_as, gates, with_gradients
+from oracle import assert_equal_sums as _close
 from torch import Tensor
 
 pytest.importorskip("triton")
 from glactl.kernels import triton_gla
 from glactl.kernels.triton_gla_op import _forward, gla_key
 
-CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
 pytestmark = pytest.mark.skipif(
     not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET"
 )
@@ -33,17 +32,6 @@ def recurrence(q: Tensor, k: Tensor, v: Tensor, g: Tensor, S: Tensor) -> tuple[T
     return torch.stack(o, 1), S
 
 
-def gates(kind: float | str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Log-sigmoid over `kind`; "mixed" adds gates of -30 and -inf; "closed" is -inf throughout."""
-    x = torch.randn(shape, generator=generator)
-    if kind == "closed":
-        return torch.full(shape, -torch.inf)
-    if kind == "mixed":
-        g, u = F.logsigmoid(x) / 16, torch.rand(shape, generator=generator)
-        return g.masked_fill(u < 0.1, -30.0).masked_fill(u < 0.05, -torch.inf)
-    return F.logsigmoid(x) / kind
-
-
 def inputs(
     B: int, T: int, H: int, R: int, K: int, V: int, gate: float | str, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -57,38 +45,14 @@ def inputs(
     return [*xs, s0.to(DEVICE)], [do.to(DEVICE, dtype), ds.to(DEVICE)]
 
 
-def with_gradients(op, xs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
-    """o, the final state and the gradients of all inputs."""
-    xs = [x.detach().clone().requires_grad_() for x in xs]
-    out = op(*xs)
-    loss = sum((a.double() * b.double()).sum() for a, b in zip(out, grads, strict=True))
-    return [*out, *torch.autograd.grad(loss, xs)]
-
-
 def engine(*xs: Tensor, **options) -> tuple[Tensor, Tensor | None]:
     q, k, v, g, s0 = xs
     return gla_key(q, k, v, g, initial_state=s0, output_final_state=True, **options)
 
 
-def rms(x: Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
-
-
 def assert_as_good_as_recurrence(xs: list[Tensor], grads: list[Tensor], dtype: torch.dtype) -> None:
-    """Truth is the recurrence in fp64. The engine may err twice as much as the recurrence errs in
-    the inputs' dtype, plus, of each result, two roundings to that dtype and the random walk of T
-    fp32 sums; -inf has no gradient in the recurrence, and none is compared there."""
-    truth = with_gradients(recurrence, [x.double() for x in xs], [x.double() for x in grads])
-    plain = with_gradients(recurrence, [x.to(dtype) for x in xs], [x.to(dtype) for x in grads])
-    ours = with_gradients(engine, xs, grads)
-    steps = xs[0].shape[1]
-    eps = torch.finfo(dtype).eps + steps**0.5 * torch.finfo(torch.float32).eps
     names = ("o", "final_state", *(f"d{n}" for n in NAMES))
-    for name, t, p, x in zip(names, truth, plain, ours, strict=True):
-        assert torch.isfinite(x).all(), f"{name} is not finite"
-        t, p = torch.nan_to_num(t), torch.nan_to_num(p)
-        error, allowed = rms(x - t), 2 * rms(p - t) + 2 * eps * max(rms(t), 1e-30)
-        assert error <= allowed, f"{name}: rms error {error:.2e} > {allowed:.2e} allowed"
+    assert_as_good_as(recurrence, engine, names, xs, grads, dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -132,12 +96,6 @@ def test_gpu_matches_the_fp64_recurrence(shape, gate, dtype) -> None:
     if dtype != torch.bfloat16 and shape[4] > 64:
         pytest.skip("fp32 operands are for small heads")
     assert_as_good_as_recurrence(*inputs(*shape, gate, dtype), dtype)
-
-
-def _close(a: Tensor, b: Tensor, name: str) -> None:
-    """Equal up to the order of fp32 sums of T terms."""
-    eps = torch.finfo(torch.float32).eps
-    assert rms(a - b) <= 2 * 300**0.5 * eps * rms(b), name
 
 
 def _want_programs(monkeypatch, programs: int) -> None:
