@@ -7,7 +7,8 @@ Notation of triton_gsa_forward.py; D1 = dL/dS1 and D2 = dL/dS2 after the block. 
     dA1_ij = scale sum_c dz_ic s_jc e^{G_ic-G_jc}, i >= j                                        (3)
     D2 before the block = (p e^G)^T do + diag(e^Ge) D2     D1 = (scale dz e^G)^T q + ..          (4)
     dq = dA1 k + (scale dz e^G) S1     dk = dA1^T q + s^ D1     dv = A2^T do + s^ D2             (5)
-    ds~_j = sum_i (A1_ij dz_i + dA2_ij p_i) e^{G_i-G_j}     ds = ds~ + e^{Ge-G} (k D1^T + v D2^T) (6)
+    ds~_j = sum_i (A1_ij dz_i + dA2_ij p_i) e^{G_i-G_j}
+    ds = ds~ + e^{Ge-G} (k D1^T + v D2^T)                                                        (6)
     dg_t = e^Ge rowsum(S1 * D1 + S2 * D2)
            + sum_{i>=t} (p dp_state + dz z_state)_i + sum_{j<t} (s ds_state)_j
            + sum_{i>=t} (p dp~ + dz z~ - s ds~)_i                                                (7)
@@ -32,6 +33,18 @@ from glactl.kernels.triton_gsa_forward import (
     masked,
     strength,
 )
+
+
+@triton.jit
+def crossing(X, Xd, Y, Yd, level, EXACT: tl.constexpr):
+    """What a level adds to the last sum of (7), with the sign of the rows before t.
+
+    Nothing where i = j: such a pair crosses no t, and its rounding is not to stand in for a zero.
+    """
+    out = Y.to(tl.float32) * Yd - X.to(tl.float32) * Xd
+    if EXACT:
+        out = tl.where(level == 7, 0.0, out)
+    return out
 
 
 @triton.jit
@@ -91,6 +104,8 @@ def logit_gradients(
     dA = tl.where(i[:, None] >= i[None, :], dA, 0.0)
     hi = dA.to(dtype)
     lo = (dA - hi.to(tl.float32)).to(dtype)
+    if not SPLIT:  # read again in each tile: kept over a loop, the tf32x3 parts would not fit
+        tl.store(da1 + at_A, hi)
     tl.store(dp + at_m, through)
     tl.debug_barrier()
     mean = tl.zeros((128,), tl.float32)
@@ -105,6 +120,8 @@ def logit_gradients(
         G = gate_sums(sums_ + at, g + at_g + mb, live, EXACT)
         end = tl.load(ge + mb)
         dS = tl.zeros((128, MB), tl.float32)
+        if not SPLIT:
+            hi = tl.load(da1 + at_A)
         for level in range(LEVELS):
             Fq, Fk, near = factors(level, G, end, EXACT, dtype)
             X, Y = (P * Fq).to(dtype), (w * Fk).to(dtype)
@@ -117,7 +134,7 @@ def logit_gradients(
                 Yd = tl.dot(tl.trans(near_A), X, Yd, input_precision=PREC)
             dP += Fq * Xd  # (1)
             dS += Fk * Yd  # (6)
-            Z += Y.to(tl.float32) * Yd - X.to(tl.float32) * Xd  # (7)
+            Z += crossing(X, Xd, Y, Yd, level, EXACT)  # (7)
         mean += tl.sum(P * dP, 1)
         tl.store(dp + at, dP)
         tl.store(ds + at, dS)
@@ -138,6 +155,8 @@ def logit_gradients(
         w = strength(s, g, at_g + mb, live, GIVEN)
         G = gate_sums(sums_ + at, g + at_g + mb, live, EXACT)
         end = tl.load(ge + mb)
+        if not SPLIT:
+            A = tl.load(a1 + at_A)
         for level in range(LEVELS):
             Fq, Fk, near = factors(level, G, end, EXACT, dtype)
             X, Y = (dZ * Fq).to(dtype), (w * Fk).to(dtype)
@@ -145,7 +164,7 @@ def logit_gradients(
             Xd = tl.dot(near_A, Y, input_precision=PREC)
             Yd = tl.dot(tl.trans(near_A), X, input_precision=PREC)
             dS += Fk * Yd  # (6)
-            Z += Y.to(tl.float32) * Yd - X.to(tl.float32) * Xd  # (7)
+            Z += crossing(X, Xd, Y, Yd, level, EXACT)  # (7)
             dA = add_scores(dZ * Fq, w * Fk, dA, near, EXACT, PREC)  # (3)
         tl.store(ds + at, dS)
         tl.store(dg + at, Z)
@@ -186,6 +205,8 @@ def gradients(
     W: tl.constexpr = K + V
     PRODUCT: tl.constexpr = M == 64
     PARTS: tl.constexpr = 1 + SPLIT
+    # One head's A stay in shared memory over the loops. In fp32 their tf32x3 parts would not fit.
+    HOIST: tl.constexpr = R == 1 and SPLIT
     i = tl.arange(0, 128)
     m = tl.arange(0, M)
     live = (i < rows)[:, None]
@@ -201,7 +222,7 @@ def gradients(
     at_v = (row * H + head) * V + i[:, None] * (H * V) + c[None, :]
     at_do = (row * HQ + head * R) * V + i[:, None] * (HQ * V) + c[None, :]
     at_S = m[:, None] * W + K + c[None, :]
-    if R == 1:  # they then stay where they are over the loop
+    if HOIST:
         hi = tl.load(a2 + hq0 * (PARTS * 128 * 128) + at_A)
         lo = tl.load(a2 + (hq0 * PARTS + SPLIT) * (128 * 128) + at_A)
     for n in range(0, V, VB):
@@ -212,7 +233,7 @@ def gradients(
         dY = tl.dot(Sh, D, input_precision=PREC)
         for r in tl.static_range(R):
             E = tl.load(do + at_do + r * V + n, mask=live, other=0.0).to(dtype)
-            if R > 1:
+            if not HOIST:
                 hi = tl.load(a2 + (hq0 + r) * (PARTS * 128 * 128) + at_A)
                 lo = tl.load(a2 + ((hq0 + r) * PARTS + SPLIT) * (128 * 128) + at_A)
             dY = tl.dot(tl.trans(hi), E, dY, input_precision=PREC)  # (5)
@@ -224,7 +245,7 @@ def gradients(
     at_k = (row * H + head) * K + i[:, None] * (H * K) + c[None, :]
     at_q = (row * HQ + head * R) * K + i[:, None] * (HQ * K) + c[None, :]
     at_S = m[:, None] * W + c[None, :]
-    if R == 1:
+    if HOIST:
         A = tl.load(da1 + hq0 * (128 * 128) + at_A)
         X = tl.load(x1 + hq0 * (128 * M) + at_m)
     for n in range(0, K, KB):
@@ -236,7 +257,7 @@ def gradients(
         dY = tl.dot(Sh, D, input_precision=PREC)
         for r in tl.static_range(R):
             Q = tl.load(q + at_q + r * K + n, mask=live, other=0.0).to(dtype)
-            if R > 1:
+            if not HOIST:
                 A = tl.load(da1 + (hq0 + r) * (128 * 128) + at_A)
                 X = tl.load(x1 + (hq0 + r) * (128 * M) + at_m)
             dY = tl.dot(tl.trans(A), Q, dY, input_precision=PREC)  # (5)

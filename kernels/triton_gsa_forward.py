@@ -130,9 +130,9 @@ def walk(
     """S = diag(e^Ge) S + x^T y over the blocks of a segment, from its last block if REVERSE.
 
     S (M, W1 + W2) is [x1^T y1 | x2^T y2], WB columns of it a program; x (blocks, H R, 128, M),
-    y rows of (H R, W). Stores S before each step, and LAST after the sequence's end. SUMMARY: starts
-    from zero and stores only `local`, what the segment adds, and `decay`, for the walks that
-    LOCAL then starts from them. Grid segments * H * tiles.
+    y rows of (H R, W). Stores S before each step, and LAST after the sequence's end. SUMMARY:
+    starts from zero and stores only `local`, what the segment adds, and `decay`, for the walks
+    that LOCAL then starts from them. Grid segments * H * tiles.
     """
     pid = tl.program_id(0).to(tl.int64)
     W: tl.constexpr = W1 + W2

@@ -41,8 +41,6 @@ def _(
         v.new_empty(B, T, HQ, V),
         q.new_empty((N, H, M, K + V) if want_final else (0,), dtype=torch.float32),
     ]
-    if not want_final:  # as Plan.new has it
-        out[1] = q.new_empty(0, dtype=dtype)
     if save:
         shapes = triton_gsa.saved_shapes(n, H, HQ, K, V, M, dtype)
         out += [q.new_empty(size, dtype=d) for size, d in shapes]
@@ -69,8 +67,8 @@ def _(
 ) -> list[Tensor]:  # fmt: skip
     dtype = triton_gsa.operand_dtype(q, k, v)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    shape = (N, v.shape[2], g.shape[3], q.shape[3] + v.shape[3])
-    dstart = q.new_empty(shape, dtype=torch.float32) if want_initial else q.new_empty(0, dtype=dtype)
+    shape = (N, v.shape[2], g.shape[3], q.shape[3] + v.shape[3]) if want_initial else (0,)
+    dstart = q.new_empty(shape, dtype=torch.float32)
     ds = q.new_empty(0, dtype=dtype) if s is None else torch.empty_like(s)
     return [*(torch.empty_like(x) for x in (q, k, v)), ds, torch.empty_like(g), dstart]
 
@@ -135,7 +133,7 @@ def gsa_fused(
         o: (B, T, HQ, V) in v's dtype, and the final (Sk, Sv) in fp32 or None.
 
     Raises:
-        ValueError: neither s nor g is given, or M exceeds 256.
+        ValueError: neither s nor g is given, or M exceeds 256 (128 where q, k, v are not all bf16).
 
     Widths are padded with zeros: K and V to a multiple of 64, or to a power of two from 16 to 64,
     M to a power of two from 16. Memory: between forward and backward, the states of every 128th
@@ -145,8 +143,9 @@ def gsa_fused(
     if gate is None:
         raise ValueError("s and g are both None; gsa needs s, g or both")
     K, V, M = q.shape[3], v.shape[3], gate.shape[3]
-    if M > 256:
-        raise ValueError(f"g or s has {M} slots; the Triton engine takes at most 256")
+    most = triton_gsa.MOST_SLOTS[triton_gsa.operand_dtype(q, k, v)]
+    if most < M:
+        raise ValueError(f"g or s has {M} slots; the Triton engine takes at most {most} here")
     dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = q.float(), k.float(), v.float()
@@ -162,9 +161,7 @@ def gsa_fused(
     s = None if s is None else _pad(s, wide_m).contiguous()
     inputs = [x for x in (q, k, v, s, g, start) if x is not None]
     grad = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    o, final = _GSA.apply(
-        q, k, v, s, g, start, scale, M, cu_seqlens, output_final_state, grad
-    )  # fmt: skip
+    o, final = _GSA.apply(q, k, v, s, g, start, scale, M, cu_seqlens, output_final_state, grad)
     o = o[..., :V].to(dtype)
     if not output_final_state:
         return o, None
