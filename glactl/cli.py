@@ -110,18 +110,49 @@ def train(
 
 @app.command(epilog="Example: glactl mqar --dims 64,128,256")
 def mqar(
+    preset: Annotated[
+        str, typer.Option(metavar="NAME", help="quick, for two CPU cores, or zoology, for a GPU.")
+    ] = "quick",
     dims: Annotated[str | None, typer.Option(metavar="N,N", help="Model widths.")] = None,
     mixers: Annotated[str | None, typer.Option(metavar="A,B", help="Mixers by name.")] = None,
-    lrs: Annotated[str | None, typer.Option(metavar="X,Y", help="Learning rates.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The sweep's folder.")] = None,
+    lrs: Annotated[
+        str | None, typer.Option(metavar="X,Y", help="Learning rates, in the order to try.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Of weights and data.")] = None,
+    pairs: Annotated[int | None, typer.Option(help="Keys with values in a row.")] = None,
+    seqlen: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The sweep's folder; by default sweeps/PRESET.")
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Run trials that ended in an error again.")
+    ] = False,
+    plot_only: Annotated[
+        bool, typer.Option("--plot-only", help="Run nothing: table and plot of what there is.")
+    ] = False,
     device: Device = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Sweep multi-query associative recall over widths, mixers and learning rates."""
     with console.errors():
         from glactl.sweep import mqar_command
 
-        mqar_command(dims=dims, mixers=mixers, lrs=lrs, out=out, device=device, json=json)
+        mqar_command(
+            preset=preset,
+            dims=dims,
+            mixers=mixers,
+            lrs=lrs,
+            seeds=seeds,
+            pairs=pairs,
+            seqlen=seqlen,
+            out=out,
+            retry_failed=retry_failed,
+            plot_only=plot_only,
+            device=device,
+            json=json,
+            quiet=quiet,
+        )
 
 
 @app.command("eval", epilog="Example: glactl eval --tasks swde,squad --data-dir data")

@@ -153,9 +153,10 @@ def rotate(x: Tensor, place: Tensor, theta: float) -> Tensor:
 class ShortConv(nn.Module):
     """A causal convolution of each channel along time, added to its input: (4).
 
-    The weights (width, d) are drawn as all others are, close to 0, so that a new layer passes its
-    input through: a mixer behind it starts as if it were not there, and weight decay pulls it back
-    to that. Drawn without x_t in (4), it would shrink the mixer's input to their size.
+    The weights (width, d) are drawn from N(0, 1 / width): the tokens before come in as strongly as
+    the present one, and differently in every channel, so that a mixer behind can look them up from
+    the start. Drawn close to 0, attention of d_model 256 at a rate of 5e-3 stays at an accuracy of
+    0.25 on recall; drawn with 0.5, it reaches 0.99 after 550 steps (one seed).
 
     State: "conv" (N, width - 1, d), the last inputs, 0 at the start.
     """

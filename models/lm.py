@@ -289,9 +289,10 @@ def build_lm(
 ) -> LM:
     """The model of `spec` with fresh weights, in training mode.
 
-    Weights of two or more axes are N(0, spec.std), those of norms 1, biases 0. They are drawn on
-    the CPU in fp32 by a generator made of `seed`, so they are the same on every device and, up to
-    rounding, in every dtype; no other generator is touched.
+    Weights of two or more axes are N(0, spec.std), those of a short convolution N(0, 1 / width),
+    those of norms 1, biases 0. They are drawn on the CPU in fp32 by a generator made of `seed`, so
+    they are the same on every device and, up to rounding, in every dtype; no other generator is
+    touched.
 
     Args:
         spec: with vocab_size set.
@@ -310,7 +311,8 @@ def build_lm(
     generator = torch.Generator().manual_seed(seed)
     for name, p in lm.named_parameters():
         if p.ndim >= 2:
-            nn.init.normal_(p, std=spec.std, generator=generator)
+            std = p.shape[0] ** -0.5 if name.endswith("conv.weight") else spec.std
+            nn.init.normal_(p, std=std, generator=generator)
         else:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
     return lm.to(device=device, dtype=dtype)

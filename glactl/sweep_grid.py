@@ -1,0 +1,217 @@
+"""The trials of `glactl mqar`: a preset, the command's options, and the run specs they make.
+
+A preset is YAML. `run` is a run spec without what the sweep varies; `lengths` says what else
+changes with data.seq_len (the pairs, the batch), `mixers` what else changes with the mixer, both as
+parts of a run spec; `dims`, `lrs` and `seeds` are the values of model.d_model, optim.lr and seed.
+A later one of run, lengths, mixers and the grid's own values wins.
+"""
+
+import math
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import yaml
+
+from glactl.models.cost import lm_cost
+from glactl.spec import RunSpec, check, spec_hash
+from glactl.spec_source import Place, Source, SpecError, nearest
+from glactl.tasks.mqar import MQARSpec
+from glactl.train import with_vocab
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One run of the sweep.
+
+    key is spec_hash(spec); state_bytes is what one sequence keeps after data.seq_len tokens (fp32);
+    work is the floating point operations of all its steps.
+    """
+
+    mixer: str
+    dim: int
+    lr: float
+    seed: int
+    spec: RunSpec
+    key: str
+    params: int
+    state_bytes: int
+    work: float
+
+    @property
+    def data(self) -> MQARSpec:
+        """Of the spec."""
+        assert isinstance(self.spec.data, MQARSpec)  # make_grid lets nothing else through
+        return self.spec.data
+
+    @property
+    def label(self) -> str:
+        """The trial in a few words."""
+        return f"{self.mixer} d {self.dim} lr {self.lr:g} seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A whole sweep, checked: every trial's spec is valid."""
+
+    preset: str
+    dims: list[int]
+    mixers: dict[str, dict[str, Any]]  # name -> what it changes in the run spec
+    lrs: list[float]
+    seeds: list[int]
+    run: dict[str, Any]  # the run spec that all trials start from
+    cells: list[list[Trial]]  # the rates of one (dim, mixer, seed), in the order they are tried
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials, in order."""
+        return [t for cell in self.cells for t in cell]
+
+    def resolved(self) -> str:
+        """The grid as YAML, the key of every trial beside it."""
+        trials = {
+            t.key: {"mixer": t.mixer, "dim": t.dim, "lr": t.lr, "seed": t.seed} for t in self.trials
+        }
+        names = ("preset", "dims", "lrs", "seeds", "mixers", "run")
+        return yaml.safe_dump(
+            {name: getattr(self, name) for name in names} | {"trials": trials}, sort_keys=False
+        )
+
+
+def make_grid(
+    preset: str | None = None,
+    *,
+    dims: str | None = None,
+    mixers: str | None = None,
+    lrs: str | None = None,
+    seeds: str | None = None,
+    pairs: int | None = None,
+    seqlen: int | None = None,
+) -> Grid:
+    """The sweep of `preset` with the options that are not None in place of its own values.
+
+    Args:
+        preset: a name of `presets()`; None is "quick".
+        dims, lrs, seeds: numbers with commas between them.
+        mixers: names with commas between them: the preset's, or a mixer's kind.
+        pairs, seqlen: data.pairs and data.seq_len.
+
+    Raises:
+        ValueError: an option that is not such a list, or a trial whose spec is not valid.
+    """
+    name = preset or "quick"
+    data = read_preset(name)
+    widths = whole_numbers("dims", dims, 1) if dims is not None else data["dims"]
+    rates = learning_rates(lrs) if lrs is not None else [float(x) for x in data["lrs"]]
+    draws = whole_numbers("seeds", seeds, 0) if seeds is not None else data["seeds"]
+    known: dict[str, dict[str, Any]] = data["mixers"]
+    names = _items("mixers", mixers, "names, attention,gla") if mixers is not None else known
+    chosen = {n: known.get(n, {"model": {"mixer": n}}) for n in names}
+
+    places: dict[Place, str] = {}
+    run = data["run"]
+    if seqlen is not None:
+        run = _merged(run, {"data": {"seq_len": seqlen}})
+        places["data", "seq_len"] = f"--seqlen {seqlen}"
+    run = _merged(run, data.get("lengths", {}).get(run["data"]["seq_len"], {}))
+    if pairs is not None:
+        run = _merged(run, {"data": {"pairs": pairs}})
+        places["data", "pairs"] = f"--pairs {pairs}"
+    cells = [
+        [_trial(run, places, n, changes, dim, lr, seed) for lr in rates]
+        for dim in widths
+        for n, changes in chosen.items()
+        for seed in draws
+    ]
+    return Grid(name, widths, chosen, rates, draws, run, cells)
+
+
+def presets() -> list[str]:
+    """The names of the presets."""
+    files = resources.files("glactl").joinpath("presets_mqar").iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def whole_numbers(name: str, text: str, least: int) -> list[int]:
+    """The integers in "64,128", without repeats. Raises ValueError; `name` is the option's."""
+    allowed = f"whole numbers of {least} or more, 64,128"
+    items = _items(name, text, allowed)
+    for item in items:
+        if not (item.isascii() and item.isdigit()) or int(item) < least:
+            raise ValueError(f"--{name} has {item!r}; allowed: {allowed}")
+    return list(dict.fromkeys(map(int, items)))
+
+
+def learning_rates(text: str) -> list[float]:
+    """The learning rates in "1e-3,3e-3", without repeats. Raises ValueError."""
+    allowed = "numbers above 0, 1e-3,3e-3"
+    rates: list[float] = []
+    for item in _items("lrs", text, allowed):
+        try:
+            rates.append(float(item))
+        except ValueError:
+            raise ValueError(f"--lrs has {item!r}; allowed: {allowed}") from None
+        if not 0 < rates[-1] < math.inf:
+            raise ValueError(f"--lrs has {item!r}; allowed: {allowed}")
+    return list(dict.fromkeys(rates))
+
+
+def _items(name: str, text: str, allowed: str) -> list[str]:
+    items = [item.strip() for item in text.split(",")]
+    if not all(items):
+        raise ValueError(f"--{name} is {text!r}; allowed: {allowed}")
+    return list(dict.fromkeys(items))
+
+
+def read_preset(name: str) -> dict[str, Any]:
+    """The data of a preset. Raises SpecError where there is none of this name."""
+    known = presets()
+    if name not in known:
+        hint = nearest(name, known)
+        raise SpecError(f"--preset is {name!r}; allowed: {', '.join(known)}{hint}")
+    text = resources.files("glactl").joinpath("presets_mqar", f"{name}.yaml").read_text()
+    data: dict[str, Any] = yaml.safe_load(text)
+    return data
+
+
+def _trial(
+    run: dict[str, Any],
+    places: dict[Place, str],
+    mixer: str,
+    changes: dict[str, Any],
+    dim: int,
+    lr: float,
+    seed: int,
+) -> Trial:
+    """One checked trial; a fault in its spec is reported at the option that it came from."""
+    varied = {"name": f"mqar-{mixer}-{dim}", "seed": seed, "optim": {"lr": lr}}
+    data = _merged(_merged(run, changes), _merged(varied, {"model": {"d_model": dim}}))
+    origin: dict[Place, str] = {
+        (): f"--mixers {mixer} --dims {dim}",
+        ("model", "mixer"): f"--mixers {mixer}",
+    }
+    # a fault of the whole data (4 pairs > seq_len) is at "data": name the options that touched it
+    touched = " ".join(places.values())
+    if touched:
+        origin["data",] = touched
+    spec = check(Source(data, {**origin, **places}))
+    T = spec.data.seq_len
+    cost = lm_cost(with_vocab(spec, _vocab(spec)).model, T)
+    work = cost.flops_token_train * T * spec.train.batch_size * spec.train.steps
+    return Trial(mixer, dim, lr, seed, spec, spec_hash(spec), cost.params, cost.state_bytes, work)
+
+
+def _vocab(spec: RunSpec) -> int:
+    if spec.data.kind != "mqar":
+        raise ValueError(f"data.kind is {spec.data.kind!r}; a sweep's allowed: mqar")
+    return spec.data.vocab_size
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `changes`; mappings are merged, but for a mixer: it is replaced."""
+    result = dict(base)
+    for key, value in changes.items():
+        inner = result.get(key)
+        both = isinstance(inner, dict) and isinstance(value, dict) and key != "mixer"
+        result[key] = _merged(inner, value) if both else value  # type: ignore[arg-type]
+    return result
