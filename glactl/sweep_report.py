@@ -7,6 +7,7 @@ accuracy.svg, .png         accuracy against the bytes of state
 """
 
 import csv
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -175,7 +176,9 @@ def _plot(folder: Path, grid: Grid, rows: list[Row]) -> None:
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
-    for name in names:
+    for i, name in enumerate(names):
+        # rings in rings, lines on wider lines: mixers with one size of state stay visible
+        wider = (len(names) - 1 - i) / max(len(names) - 1, 1)
         points = [
             (r.state_bytes, r.accuracy, r.lowest, r.highest, marker[r.dim])
             for r in rows
@@ -185,15 +188,20 @@ def _plot(folder: Path, grid: Grid, rows: list[Row]) -> None:
             and r.highest is not None
         ]
         x, y = [p[0] for p in points], [p[1] for p in points]
-        axes.plot(x, y, color=colour[name], linewidth=1.5, alpha=0.7)
+        axes.plot(x, y, color=colour[name], linewidth=1.5 + 5 * wider, alpha=0.5)
         for size, mean, low, high, shape in points:
-            style: dict[str, Any] = {"color": colour[name], "marker": shape, "markersize": 8}
-            axes.errorbar([size], [mean], yerr=[[mean - low], [high - mean]], capsize=4, **style)
-    ticks = _powers_of_two([r.state_bytes for r in rows])
+            style: dict[str, Any] = {"color": colour[name], "marker": shape, "capsize": 4}
+            style |= {"markersize": 6 + 10 * wider, "markerfacecolor": "none"}
+            spread = [[mean - low], [high - mean]]
+            axes.errorbar([size], [mean], yerr=spread, markeredgewidth=2, **style)
+    # half as much again on both sides: a power of two lies between, whatever the sizes
+    left = min(r.state_bytes for r in rows) / 1.5
+    right = max(r.state_bytes for r in rows) * 1.5
+    ticks = _powers_of_two(left, right)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [_bytes(tick) for tick in ticks])
     axes.minorticks_off()
-    axes.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
+    axes.set_xlim(left, right)
     axes.set_ylim(-0.03, 1.05)
     goal = rows[0].goal
     if goal is not None:
@@ -202,7 +210,7 @@ def _plot(folder: Path, grid: Grid, rows: list[Row]) -> None:
     axes.set_xlabel(f"state of one sequence after {data.seq_len} tokens (fp32)")
     axes.set_ylabel("accuracy on held-out queries")
     title = f"MQAR, {data.pairs} pairs in {data.seq_len} tokens, vocabulary {data.vocab_size:,}"
-    axes.set_title(f"{title}: best of {len(grid.lrs)} learning rate(s)", fontsize=10)
+    axes.set_title(f"{title}: the best learning rate", fontsize=10)
     axes.grid(alpha=0.3)
     grey: dict[str, Any] = {"color": "#666666", "linestyle": "none", "markersize": 8}
     handles = [Line2D([], [], color=colour[n], linewidth=2, label=n) for n in names]
@@ -218,11 +226,10 @@ def _plot(folder: Path, grid: Grid, rows: list[Row]) -> None:
     _replace(folder / "accuracy.png", lambda path: figure.savefig(path, format="png", dpi=150))
 
 
-def _powers_of_two(values: list[int]) -> list[int]:
-    """Powers of two from below the smallest value to above the largest; at most about 8."""
-    low, high = min(values).bit_length() - 1, (max(values) - 1).bit_length()
-    step = (high - low) // 8 + 1
-    return [2**n for n in range(low, high + step, step)]
+def _powers_of_two(low: float, high: float) -> list[int]:
+    """The powers of two from `low` to `high`; every second, third, ... where they are many."""
+    first, last = math.ceil(math.log2(low)), math.floor(math.log2(high))
+    return [2**n for n in range(max(first, 0), last + 1, (last - first) // 8 + 1)]
 
 
 def _bytes(n: int) -> str:

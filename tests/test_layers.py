@@ -1,4 +1,4 @@
-"""Imports point one way, and a command loads only what it needs; read from the import statements."""
+"""Imports point one way, and a command loads only what it needs; read from import statements."""
 
 import ast
 import subprocess
