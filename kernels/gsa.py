@@ -95,7 +95,9 @@ def _fits_triton(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, asked: b
     """Whether the Triton engine takes these inputs."""
     if slots is None or not (asked or "gsa" in PROVEN):
         return False
-    most = 256 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else 128
+    from glactl.kernels.triton_gsa import MOST_SLOTS, operand_dtype
+
+    most = MOST_SLOTS[operand_dtype(q, k, v)]
     rows = q.shape[0] * q.shape[1]
     return state_dtype(q, k, v) == torch.float32 and rows > 0 and slots.shape[3] <= most
 
