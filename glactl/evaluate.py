@@ -21,7 +21,7 @@ import numpy as np
 
 from glactl import __version__, console
 from glactl.device import pick_device
-from glactl.run import Run
+from glactl.run import Run, new_folder
 from glactl.tasks import stock
 
 BOOTSTRAP = 1000  # resamplings for the standard error of a metric that has no formula for it
@@ -213,15 +213,7 @@ def _table(summary: dict[str, Any]) -> None:
 
 def _write(stem: Path, summary: dict[str, Any], samples: dict[str, list[Any]]) -> Path:
     """Write the results to a new folder `stem`, with a suffix where it is taken."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    n, folder = 1, stem
-    while True:
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            n += 1
-            folder = stem.with_name(f"{stem.name}-{n}")
+    folder = new_folder(stem)
     for task, documents in samples.items():
         lines = []
         for one in documents:

@@ -15,6 +15,7 @@ from typing import Any
 
 from glactl.console import finite
 from glactl.profile_cases import Measured
+from glactl.run import new_folder
 
 COLOURS = {"attention": "#444444", "gla": "#1f77b4", "decay": "#2ca02c", "gsa": "#d62728"}
 
@@ -23,16 +24,7 @@ def write(
     out: Path, device: str, report: dict[str, Any], rows: list[Measured], scanned: list[Measured]
 ) -> Path:
     """Write the report to a new folder in `out`, which is returned."""
-    stem = f"{datetime.now():%Y%m%d-%H%M%S}-{device}"
-    n, folder = 1, out / stem
-    out.mkdir(parents=True, exist_ok=True)
-    while True:
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            n += 1
-            folder = out / f"{stem}-{n}"
+    folder = new_folder(out / f"{datetime.now():%Y%m%d-%H%M%S}-{device}")
     (folder / "results.json").write_text(json.dumps(finite(report), indent=1) + "\n")
     with open(folder / "results.csv", "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, [field.name for field in fields(Measured)])

@@ -245,6 +245,19 @@ class Run:
         _append(self.path / "events.jsonl", {"event": name, "time": _now(), **details})
 
 
+def new_folder(stem: Path) -> Path:
+    """Make the folder `stem`, with a suffix -2, -3, ... where it is taken; no result is lost."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    n, folder = 1, stem
+    while True:
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            n += 1
+            folder = stem.with_name(f"{stem.name}-{n}")
+
+
 def _manifest(spec: RunSpec) -> dict[str, Any]:
     return {
         "glactl": __version__,
