@@ -5,9 +5,11 @@
 32,768 tokens a call in bf16, log gates included. Times are medians of triton.testing.do_bench in
 milliseconds, forward alone without gradients, and forward with backward; memory is the peak above
 the inputs in MiB. `floor_ms` bounds forward with backward from below: bytes that must move (each
-input read once, each output written once) over 3.02 TB/s, the copy rate of an H100. A peer that is
-not installed, or that refuses, is left out. Errors of o and of every gradient are the root mean
-square of the difference from the recurrence in fp64 over that of the truth, at 300 tokens.
+input read once, each output written once) over 3.02 TB/s, the copy rate of an H100; `floor_share`
+is our part of it. A peer that is not installed, or that refuses, is left out. Errors of o, of the
+final state and of every gradient are the root mean square of the difference from the recurrence in
+fp64 over that of the truth, at 300 tokens. Log gates are log-sigmoid of a normal draw over the
+normalizer, or `spread`: the decay over 32 rows is uniform from 0 to e^-90 in every channel.
 """
 
 import argparse
@@ -30,7 +32,7 @@ from glactl.kernels import gla, gla_reference, gsa, gsa_reference
 TOKENS = 32768
 COPY = 3.02e12  # bytes/s
 ERROR_T = 300
-Op = Callable[..., Tensor]
+Op = Callable[..., tuple[Tensor, Any]]  # o and the final state or states
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Case:
     V: int
     M: int = 0
 
-    def inputs(self, batch: int, T: int, normalizer: float, gates: torch.dtype) -> list[Tensor]:
+    def inputs(self, batch: int, T: int, kind: str, dtype: torch.dtype) -> list[Tensor]:
         """q, k, v and what gates the kind, with gradients where they are data."""
         rows = (batch, T, self.H)
         make: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16}
@@ -51,8 +53,7 @@ class Case:
         xs = [q, k, torch.randn(*rows, self.V, **make)]
         width = {"gla": self.K, "gsa": self.M}.get(self.kind)
         if width:
-            x = torch.randn(*rows, width, device="cuda")
-            xs.append((F.logsigmoid(x) / normalizer).to(gates))
+            xs.append(log_gates((*rows, width), kind).to(dtype))
         return [x.requires_grad_() for x in xs]
 
     def floor_ms(self, gate_bytes: int = 2) -> float:
@@ -64,6 +65,18 @@ class Case:
     def decay(self) -> Tensor:
         """RetNet's log decays, (H,)."""
         return torch.log1p(-torch.exp2(-5 - torch.arange(self.H, device="cuda")))
+
+
+def log_gates(shape: tuple[int, ...], kind: str) -> Tensor:
+    """Log gates (B, T, H, width): `kind` is a normalizer, or "spread"."""
+    x = torch.randn(shape, device="cuda")
+    if kind != "spread":
+        return F.logsigmoid(x) / float(kind)
+    B, T, H, W = shape
+    groups = -(-T // 32)
+    part = torch.rand(B, groups, 32, H, W, device="cuda")
+    whole = -90 * torch.rand(B, groups, 1, H, W, device="cuda")
+    return (whole * part / part.sum(2, keepdim=True)).flatten(1, 2)[:, :T]
 
 
 CASES = {
@@ -79,28 +92,31 @@ CASES = {
 def attention(backend: SDPBackend) -> Op:
     """PyTorch's causal attention by one backend."""
 
-    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         with sdpa_kernel(backend):
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2), None
 
     return call
 
 
-def engines(case: Case) -> dict[str, Op]:
-    """What runs a case, by name."""
+def engines(case: Case, peers: bool = True) -> dict[str, Op]:
+    """What runs a case, by name; flash-linear-attention where it is installed, if peers."""
     if case.kind == "attention":
         return {
             "flash": attention(SDPBackend.FLASH_ATTENTION),
             "cudnn": attention(SDPBackend.CUDNN_ATTENTION),
         }
     g = case.decay() if case.kind == "decay" else None
+    scale = case.K**-0.5
     ours: dict[str, Op] = {
-        "gla": lambda q, k, v, gk: gla(q, k, v, gk=gk)[0],
-        "decay": lambda q, k, v: gla(q, k, v, g=g)[0],
-        "gsa": lambda q, k, v, g: gsa(q, k, v, None, g)[0],
+        "gla": lambda q, k, v, gk, **kw: gla(q, k, v, gk=gk, backend="triton", **kw),
+        "decay": lambda q, k, v, **kw: gla(q, k, v, g=g, backend="triton", **kw),
+        "gsa": lambda q, k, v, g, **kw: gsa(q, k, v, None, g, scale=scale, backend="triton", **kw),
     }
     found = {"glactl": ours[case.kind]}
+    if not peers:
+        return found
     try:
         from fla.ops.gla import chunk_gla
         from fla.ops.gsa import chunk_gsa
@@ -108,9 +124,11 @@ def engines(case: Case) -> dict[str, Op]:
     except ImportError:
         return found
     theirs: dict[str, Op] = {
-        "gla": lambda q, k, v, gk: chunk_gla(q, k, v, gk)[0],
-        "decay": lambda q, k, v: chunk_simple_gla(q, k, v, g_gamma=g)[0],
-        "gsa": lambda q, k, v, g: chunk_gsa(q, k, v, 1 - g.float().exp().to(g), g)[0],
+        "gla": lambda q, k, v, gk, **kw: chunk_gla(q, k, v, gk, **kw),
+        "decay": lambda q, k, v, **kw: chunk_simple_gla(q, k, v, g_gamma=g, **kw),
+        "gsa": lambda q, k, v, g, **kw: chunk_gsa(
+            q, k, v, 1 - g.float().exp().to(g), g, scale=scale, **kw
+        ),
     }
     return found | {"fla": theirs[case.kind]}
 
@@ -118,44 +136,64 @@ def engines(case: Case) -> dict[str, Op]:
 def reference(case: Case) -> Op:
     """The recurrence."""
     g = case.decay().double() if case.kind == "decay" else None
-    return {
-        "gla": lambda q, k, v, gk: gla_reference(q, k, v, gk=gk)[0],
-        "decay": lambda q, k, v: gla_reference(q, k, v, g=g)[0],
-        "gsa": lambda q, k, v, g: gsa_reference(q, k, v, None, g, scale=1.0)[0],
-    }[case.kind]
+    ops: dict[str, Op] = {
+        "gla": lambda q, k, v, gk, **kw: gla_reference(q, k, v, gk=gk, **kw),
+        "decay": lambda q, k, v, **kw: gla_reference(q, k, v, g=g, **kw),
+        "gsa": lambda q, k, v, g, **kw: gsa_reference(q, k, v, None, g, scale=case.K**-0.5, **kw),
+    }
+    return ops[case.kind]
 
 
-def gradients(op: Op, xs: Sequence[Tensor], do: Tensor) -> list[Tensor]:
-    """The output and the gradient of every input."""
+def results(op: Op, xs: Sequence[Tensor], do: Tensor) -> dict[str, list[Tensor]]:
+    """The output, the final states and the gradient of every input."""
     leaves = [x.detach().requires_grad_() for x in xs]
-    o = op(*leaves)
-    return [o.detach(), *torch.autograd.grad(o, leaves, do)]
+    o, final = op(*leaves, output_final_state=True)
+    grads = torch.autograd.grad(o, leaves, do)
+    state = list(final) if isinstance(final, tuple) else [final]
+    names = ("dq", "dk", "dv", "dg")
+    return {"o": [o], "state": state} | {n: [x] for n, x in zip(names, grads, strict=False)}
 
 
-def errors(case: Case, ops: dict[str, Op], normalizer: float) -> dict[str, list[float]]:
-    """Relative errors of o and of the gradients, for each engine."""
-    xs = case.inputs(1, ERROR_T, normalizer, torch.bfloat16)
+def errors(case: Case, ops: dict[str, Op], kind: str) -> dict[str, dict[str, float]]:
+    """Relative errors of o, final state and gradients, for each engine."""
+    xs = case.inputs(1, ERROR_T, kind, torch.bfloat16)
     do = torch.randn(1, ERROR_T, case.H, case.V, device="cuda", dtype=torch.bfloat16)
-    truth = gradients(reference(case), [x.double() for x in xs], do.double())
-    found = {}
-    for name, op in ops.items():
-        ours = gradients(op, xs, do)
-        pairs = zip(ours, truth, strict=True)
-        found[name] = [
-            float(f"{((a.double() - t).norm() / t.norm()).item():.2e}") for a, t in pairs
-        ]
-    return found
+    truth = results(reference(case), [x.double() for x in xs], do.double())
+
+    def error(ours: list[Tensor], true: list[Tensor]) -> float:
+        wrong = sum((a.double() - t).square().sum().item() for a, t in zip(ours, true, strict=True))
+        return float(f"{(wrong / sum(t.square().sum().item() for t in true)) ** 0.5:.2e}")
+
+    return {
+        name: {key: error(value, truth[key]) for key, value in results(op, xs, do).items()}
+        for name, op in ops.items()
+    }
+
+
+def kernel_times(op: Op, xs: list[Tensor]) -> dict[str, float]:
+    """Milliseconds of every kernel in one call forward and backward, largest first."""
+    calls = 5
+    do = torch.randn_like(op(*xs)[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as record:
+        for _ in range(calls):
+            torch.autograd.grad(op(*xs)[0], xs, do)
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in record.key_averages():
+        key = event.key[:50]
+        times[key] = times.get(key, 0.0) + event.device_time_total / calls / 1e3
+    return {k: round(t, 4) for k, t in sorted(times.items(), key=lambda x: -x[1]) if t > 0}
 
 
 def measure(op: Op, xs: list[Tensor]) -> dict[str, float]:
     """Times, peak memory and the seconds of the first call."""
     start = time.time()
-    do = torch.randn_like(op(*xs))
+    do = torch.randn_like(op(*xs)[0])
 
     def both() -> None:
         for x in xs:
             x.grad = None
-        op(*xs).backward(do)
+        op(*xs)[0].backward(do)
 
     def forward() -> None:
         with torch.no_grad():
@@ -184,17 +222,24 @@ def measure(op: Op, xs: list[Tensor]) -> dict[str, float]:
     }
 
 
-def run(case: Case, T: int, normalizer: float, gates: torch.dtype) -> dict[str, Any]:
+def run(
+    case: Case, ops: dict[str, Op], T: int, kind: str, gates: torch.dtype, kernels: bool
+) -> dict[str, Any]:
     """One row: every engine at one length."""
     row: dict[str, Any] = {"floor_ms": round(case.floor_ms(gates.itemsize), 3)}
-    ops = engines(case)
     for name, op in ops.items():
         try:
-            row[name] = measure(op, case.inputs(TOKENS // T, T, normalizer, gates))
+            row[name] = measure(op, case.inputs(TOKENS // T, T, kind, gates))
         except Exception as error:
             row[name] = {"error": f"{type(error).__name__}: {error}"[:200]}
-    if "fwdbwd_ms" in row.get("fla", {}) and "fwdbwd_ms" in row["glactl"]:
-        row["speedup"] = round(row["fla"]["fwdbwd_ms"] / row["glactl"]["fwdbwd_ms"], 2)
+    ours = row.get("glactl", {})
+    if "fwdbwd_ms" in ours:
+        row["floor_share"] = round(row["floor_ms"] / ours["fwdbwd_ms"], 2)
+        if "fwdbwd_ms" in row.get("fla", {}):
+            row["speedup"] = round(row["fla"]["fwdbwd_ms"] / ours["fwdbwd_ms"], 2)
+        if kernels:
+            xs = case.inputs(TOKENS // T, T, kind, gates)
+            row["glactl_kernels_ms"] = kernel_times(ops["glactl"], xs)
     return row
 
 
@@ -203,31 +248,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--seqlens", default="2048,8192,32768")
-    parser.add_argument("--normalizers", default="16")
+    parser.add_argument("--normalizers", default="16", help="numbers, and `spread`")
     parser.add_argument("--gates", default="bfloat16", help="dtype of the log gates")
     parser.add_argument("--errors", action="store_true", help="also against the recurrence in fp64")
+    parser.add_argument(
+        "--kernels", action="store_true", help="also the time of each kernel of ours"
+    )
+    parser.add_argument("--no-fla", action="store_true", help="leave flash-linear-attention out")
+    parser.add_argument("--commit", help="of the source, where it is no git checkout")
     parser.add_argument("--write", metavar="FILE", help="write the results as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() if commit.returncode == 0 else None,
+        "commit": args.commit or head.stdout.strip() or None,
         "results": [],
     }
     gates = getattr(torch, args.gates)
     for name in args.cases.split(","):
         case = CASES[name]
-        for normalizer in map(float, args.normalizers.split(",")):
+        ops = engines(case, not args.no_fla)
+        for normalizer in args.normalizers.split(","):
             for T in map(int, args.seqlens.split(",")):
                 row = {"case": name, "seqlen": T, "normalizer": normalizer, "gates": args.gates}
-                about["results"].append(row | run(case, T, normalizer, gates))
+                about["results"].append(row | run(case, ops, T, normalizer, gates, args.kernels))
                 print(json.dumps(about["results"][-1]), flush=True)
             if args.errors and case.kind != "attention":
-                found = errors(case, engines(case), normalizer)
+                found = errors(case, ops, normalizer)
                 row = {"case": name, "normalizer": normalizer, "errors": found}
                 about["results"].append(row)
                 print(json.dumps(row), flush=True)

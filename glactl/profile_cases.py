@@ -131,14 +131,13 @@ def measure_model(
     lm = build_lm(spec, 0, device=device, dtype=shape.dtype).eval()
     assert spec.vocab_size is not None
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(spec.vocab_size, (shape.batch, shape.T + 1), generator=generator).to(
-        device
-    )
+    drawn = torch.randint(spec.vocab_size, (shape.batch, shape.T + 1), generator=generator)
+    tokens, targets = drawn[:, :-1].to(device), drawn[:, 1:]
     parameters = [p for p in lm.parameters() if p.requires_grad]
 
     def loss() -> torch.Tensor:
-        hidden, _ = lm(tokens[:, :-1])
-        return token_losses(lm, hidden, tokens[:, 1:]).mean()
+        hidden, _ = lm(tokens)
+        return token_losses(lm, hidden, targets).mean()
 
     def forward() -> None:
         with torch.no_grad():

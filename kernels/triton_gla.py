@@ -1,11 +1,12 @@
 """Gated linear attention with a key gate on a CUDA device: tile shapes and launches.
 
-The mathematics is in triton_gla_forward.py and triton_gla_backward.py, the cut into blocks and
-segments in triton_layout.py, the differentiable operator in triton_gla_op.py. Three launches
-forward and five backward, one more each where sequences are cut into segments.
+The mathematics is in triton_gla_forward.py and triton_gla_backward.py, for strong gates in
+triton_gla_strong.py; the cut into blocks and segments in triton_layout.py, the states carried between segments in triton_segments.py, the
+differentiable operator in triton_gla_op.py. Three launches forward and five backward, two more each
+where sequences are cut into segments.
 
-Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, A and dA kept as two bf16
-numbers, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, dA kept as two bf16 numbers,
+states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 """
 
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from glactl.kernels import triton_gla_backward as backward_kernels
 from glactl.kernels import triton_gla_forward as forward_kernels
+from glactl.kernels import triton_gla_strong as strong_kernels
 from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
+from glactl.kernels.triton_segments import carried
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Tiles:
     """
 
     prepare: Tile
+    prepare_exact: Tile
     sweep: Tile
     local: Tile
-    scores: Tile
     back: Tile
     states: Tile
     gradients: Tile
-    exact: Tile
+    gradients_exact: Tile
     programs: int
 
 
@@ -61,13 +64,13 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
         v = min(v, 32 if K <= 128 else 16)
         return Tiles(
             prepare=Tile(min(K, 32), V, 4, 1),
+            prepare_exact=Tile(min(K, 16), V, 4, 1),
             sweep=Tile(K, v, 4 if K <= 64 else 8, 1),
             local=Tile(min(K, 64), v, 4, 1),
-            scores=Tile(K, min(V, 32), 8, 1),
             back=Tile(K, v, 4 if K <= 64 else 8, 1),
             states=Tile(min(K, 32), min(V, 32), 8, 1),
             gradients=Tile(min(K, 16), V, 8, 1),
-            exact=Tile(min(K, 16), V, 8, 1),
+            gradients_exact=Tile(min(K, 16), V, 8, 1),
             programs=528,
         )
     if K > 256:
@@ -75,13 +78,13 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     wide = K > 128
     return Tiles(
         prepare=Tile(min(K, 64), V, 4, 1),
+        prepare_exact=Tile(min(K, 32), V, 8, 1),
         sweep=Tile(K, v, 4, 1 if wide else 2),
         local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
-        scores=Tile(K, min(V, 64), 8, 3),
         back=Tile(K, v, 4, 2 if K == 256 else 1),
-        states=Tile(min(K, 64), min(V, 64), 8, 2),
+        states=Tile(min(K, 64), min(V, 64), 8, 3),
         gradients=Tile(min(K, 32), V, 8, 3),
-        exact=Tile(min(K, 32), V, 8, 2),
+        gradients_exact=Tile(min(K, 32), V, 8, 3),
         programs=528 if wide else 264,
     )
 
@@ -96,12 +99,10 @@ def operand_shapes(
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what `operands` returns when the backward will want it."""
     n = 2 * blocks
-    low = (n, HQ, CHUNK, CHUNK) if dtype == torch.bfloat16 else (0,)
     return [
         ((n, HQ, CHUNK, K), dtype),
         ((n, H, CHUNK, K), dtype),
         ((n, HQ, CHUNK, CHUNK), dtype),
-        (low, dtype),
         ((n, H, K), torch.float32),
         ((n, H, CHUNK, K), torch.float32),
     ]
@@ -160,29 +161,31 @@ def plan(
 
 
 def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
-    """q^, k^, A (high and low part), Ge and, if wanted, the running sums G of every chunk."""
+    """q^, k^, A, Ge and, if wanted, the running sums G of every chunk."""
     n, HQ = 2 * len(p.layout.blocks), p.H * p.R
     shapes = operand_shapes(n // 2, p.H, HQ, p.K, p.dtype)
-    qh, kh, hi, lo, ge = (p.new(*s, dtype=d) for s, d in shapes[:5])
-    G = p.new(*shapes[5][0], dtype=torch.float32) if want_sums else p.new(0)
+    qh, kh, a, ge = (p.new(*s, dtype=d) for s, d in shapes[:4])
+    G = p.new(*shapes[4][0], dtype=torch.float32) if want_sums else p.new(0)
     t = p.tiles.prepare
-    args = (p.q, p.k, p.g, p.layout.blocks, qh, kh, G, hi, lo, ge, p.scale, p.H)
+    args = (p.q, p.k, p.g, p.layout.blocks, qh, kh, G, a, ge, p.scale, p.H)
     forward_kernels.prepare[(n * HQ,)](
-        *args, K=p.K, KB=t.K, R=p.R, STORE=want_sums, SPLIT=p.split, PREC=p.prec, **t.options
+        *args, K=p.K, KB=t.K, R=p.R, STORE=want_sums, PREC=p.prec, **t.options
     )
-    forward_kernels.prepare_exact[(n * HQ,)](
-        *args, K=p.K, KB=min(p.K, 16), R=p.R, STORE=want_sums, SPLIT=p.split, LIMIT=p.limit,
-        PREC=p.prec, num_warps=4,
+    t = p.tiles.prepare_exact
+    strong_kernels.prepare_exact[(n * HQ,)](
+        p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
+        K=p.K, KB=t.K, R=p.R, LIMIT=p.limit, PREC=p.prec, **t.options,
     )  # fmt: skip
-    return qh, kh, hi, lo, ge, G
+    return qh, kh, a, ge, G
 
 
-def segment_states(
-    p: Plan, x: Tensor, y: Tensor, ge: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Each segment's state from zero, or its gradient, and the decay over the segment."""
+def segment_starts(
+    p: Plan, x: Tensor, y: Tensor, ge: Tensor, initial: Tensor | None, reverse: bool
+) -> Tensor | None:
+    """The states, or their gradients if reverse, that the walks start from: of the sequences, as
+    given, or of the segments where sequences are cut."""
     if not p.layout.split:
-        return p.new(0), p.new(0)
+        return initial
     n, t = len(p.layout.segments), p.tiles.local
     local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
     decay = p.new(n, p.H, p.K, dtype=torch.float32)
@@ -191,15 +194,15 @@ def segment_states(
         K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R if reverse else 1, REVERSE=reverse, PREC=p.prec,
         **t.options,
     )  # fmt: skip
-    return local, decay
+    return carried(p.layout, local, decay, initial, reverse)
 
 
 def forward(
     p: Plan, s0: Tensor | None, want_final: bool, want_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """o, final state, states of the blocks, and the operands."""
-    parts = qh, kh, hi, _, ge, _ = operands(p, want_states)
-    local, decay = segment_states(p, kh, p.v, ge, False)
+    parts = qh, kh, a, ge, _ = operands(p, want_states)
+    start = segment_starts(p, kh, p.v, ge, s0, False)
     n, N = len(p.layout.segments), len(p.layout.bounds)
     o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
     states = p.new(len(p.layout.blocks), p.H, p.K, p.V) if want_states else p.new(0)
@@ -208,9 +211,8 @@ def forward(
         final.copy_(s0) if s0 is not None else final.zero_()
     t = p.tiles.sweep
     forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
-        qh, kh, hi, ge, p.v, p.layout.segments, p.layout.bounds, s0, local, decay, o, states,
-        final, p.H,
-        K=p.K, V=p.V, VB=t.V, R=p.R, INITIAL=s0 is not None, LOCAL=p.layout.split,
+        qh, kh, a, ge, p.v, p.layout.segments, start, o, states, final, p.H,
+        K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
         STORE=want_states, FINAL=want_final, PREC=p.prec, **t.options,
     )  # fmt: skip
     return o, final, states, parts
@@ -221,50 +223,47 @@ def backward(
     want_initial: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dg and the gradient of the initial state."""
-    qh, kh, hi, lo, ge, G = parts
+    qh, kh, a, ge, G = parts
     nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
-    local, decay = segment_states(p, qh, do, ge, True)
+    start = segment_starts(p, qh, do, ge, dfinal, True)
     t = p.tiles.back
     dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
     ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
     if want_initial:
         ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
     backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
-        qh, kh, hi, lo, ge, do, p.layout.segments, p.layout.bounds, dfinal, local, decay, dv,
-        dstates, ds0, p.H,
-        K=p.K, V=p.V, VB=t.V, R=p.R, FINAL=dfinal is not None, LOCAL=p.layout.split,
-        INITIAL=want_initial, SPLIT=p.split, PREC=p.prec, **t.options,
+        qh, kh, a, ge, do, p.layout.segments, start, dv, dstates, ds0, p.H,
+        K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
+        INITIAL=want_initial, PREC=p.prec, **t.options,
     )  # fmt: skip
-
-    t = p.tiles.scores
-    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
-    backward_kernels.score_gradient[(nb * HQ,)](
-        do, p.v, p.layout.blocks, da, p.H,
-        V=p.V, VB=t.V, R=p.R, SPLIT=p.split, PREC=p.prec, **t.options,
-    )  # fmt: skip
+    del start
 
     t = p.tiles.states
+    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
     kept = torch.float16 if p.split else torch.float32
     dqs = p.new(nb, HQ, BLOCK, p.K, dtype=kept)
     dks = p.new(nb, p.H, BLOCK, p.K, dtype=kept)
     sizes = p.new(nb, HQ, p.K // t.K, 2, dtype=torch.float32)
     through = p.new(nb, p.H, p.K, dtype=torch.float32)
-    backward_kernels.state_gradients[(nb * HQ * (p.K // t.K),)](
-        do, p.v, states, dstates, p.layout.blocks, dqs, dks, sizes, through, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, PREC=p.prec, **t.options,
+    backward_kernels.state_gradients[(nb * HQ * (p.K // t.K + 1),)](
+        do, p.v, states, dstates, p.layout.blocks, da, dqs, dks, sizes, through, p.H,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, SPLIT=p.split, PREC=p.prec, **t.options,
     )  # fmt: skip
     del dstates
 
     dq, dk, dg = torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.g)
     wide, t = t.K, p.tiles.gradients
-    backward_kernels.gradients[(nb * p.H * (p.K // t.K),)](
+    # all K tiles in one program, unless that leaves too few programs for the chip
+    n = p.K // t.K if p.split and nb * p.H >= 264 else 1
+    backward_kernels.gradients[(nb * p.H * (p.K // (t.K * n)),)](
         p.q, p.k, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
-        K=p.K, KB=t.K, R=p.R, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec, **t.options,
+        K=p.K, KB=t.K, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
+        **t.options,
     )  # fmt: skip
-    narrow, t = t.K, p.tiles.exact
-    backward_kernels.gradients_exact[(nb * p.H,)](
-        p.q, p.k, p.g, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
-        K=p.K, KB=t.K, R=p.R, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec, NARROW=narrow, KS=wide,
+    columns, t = t.K, p.tiles.gradients_exact  # those of `gradients`, whose tiles it completes
+    strong_kernels.gradients_exact[(nb * p.H * (p.K // columns),)](
+        p.q, p.k, p.g, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale,
+        p.H, K=p.K, KB=columns, R=p.R, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
         **t.options,
     )  # fmt: skip
     return dq, dk, dv, dg, ds0

@@ -11,18 +11,11 @@ S the state before the chunk:
 the state of (K, VB) in registers and writes o, and S once in 128 rows for the backward.
 
 Scores. While no channel decays by more than LIMIT nats in the chunk, A is one product of the
-operands scaled to the chunk's middle, q e^{G-Ge/2} and k e^{Ge/2-G}. Beyond (`prepare_exact`), A
-is built by binary halving: for h = 1, 2, .., 32 the rows i of the upper half of each block of 2h
-meet the rows j of its lower half through the boundary between them,
-
-    A_ij = scale sum_c (q_ic e^{P_ic}) (k_jc e^{X_jc})                                           (4)
-
-P the sum of g over (boundary, i], X over (j, boundary], both read off one product of a 0/1 matrix
-with g. They are sums of numbers <= 0, never a difference, so any gate in [-inf, 0] keeps its
-precision and no factor exceeds 1.
+operands scaled to the chunk's middle, q e^{G-Ge/2} and k e^{Ge/2-G}. Other chunks are redone by
+`prepare_exact` of triton_gla_strong.py.
 
 Few sequences: each is cut into segments; `local_states` gives each segment's state from zero and
-its decay, and `sweep` starts from their sum over the segments before it.
+its decay, of which triton_segments.py makes the state that `sweep` starts the segment from.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -31,25 +24,9 @@ its decay, and `sweep` starts from their sum over the segments before it.
 import triton
 import triton.language as tl
 
+from glactl.kernels.triton_segments import this_walk
+
 FLOOR = tl.constexpr(-1e4)  # stands for -inf where gates are multiplied by 0; e^FLOOR is 0
-
-
-@triton.jit
-def halving(level, N: tl.constexpr):
-    """Level h = 2^level of (4) for N rows.
-
-    Returns upper (N, 1), rows in the upper half of their block of 2h; near (N, N), pairs of one
-    block; and the 0/1 matrix (N, N) whose product with g is P in upper rows and X in lower ones.
-    """
-    i = tl.arange(0, N)
-    block = i >> (level + 1)
-    first = ((block << (level + 1)) + (1 << level))[:, None]  # the first row past the boundary
-    upper = (i >= ((block << (level + 1)) + (1 << level)))[:, None]
-    near = block[:, None] == block[None, :]
-    s = i[None, :]
-    after = (s >= first) & (s <= i[:, None])
-    before = (s < first) & (s > i[:, None])
-    return upper, near, tl.where(after | before, 1.0, 0.0)
 
 
 @triton.jit
@@ -68,35 +45,23 @@ def sums(selected, g, dtype: tl.constexpr):
 
 
 @triton.jit
-def prefix_sums(g, N: tl.constexpr, dtype: tl.constexpr):
-    """P_i = sum of g over rows <= i and X_i over rows > i."""
-    i = tl.arange(0, N)
-    upto = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
-    return sums(upto, g, dtype), sums(1.0 - upto, g, dtype)
-
-
-@triton.jit
-def store_scores(A, a_hi, a_lo, SPLIT: tl.constexpr):
-    """The lower triangle of A as one or two numbers."""
+def store_scores(A, a):
+    """The lower triangle of A (64, 64)."""
     i = tl.arange(0, 64)
     A = tl.where(i[:, None] >= i[None, :], A, 0.0)
-    at = i[:, None] * 64 + i[None, :]
-    hi = A.to(a_hi.dtype.element_ty)
-    tl.store(a_hi + at, hi)
-    if SPLIT:
-        tl.store(a_lo + at, A - hi.to(tl.float32))
+    tl.store(a + i[:, None] * 64 + i[None, :], A)
 
 
 @triton.jit
 def prepare(
-    q, k, g, blocks, qh, kh, G, a_hi, a_lo, ge, scale,
+    q, k, g, blocks, qh, kh, G, a, ge, scale,
     H,
     K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, STORE: tl.constexpr,
-    SPLIT: tl.constexpr, PREC: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """q^, k^, A, Ge, and G if STORE, of one chunk and query head; grid (chunks * HQ).
 
-    All but Ge is wrong where a channel decays by more than LIMIT: `prepare_exact` runs next.
+    q^, k^ and A are wrong where a channel decays by more than LIMIT: `prepare_exact` runs next.
     """
     pid = tl.program_id(0).to(tl.int64)
     HQ = H * R
@@ -139,54 +104,7 @@ def prepare(
             tl.store(ge + s + c, end)
             tl.store(kh + at_h + at, Y * middle)
         A = tl.dot(Q, tl.trans(Y), A, input_precision=PREC)
-    store_scores(A, a_hi + pid * 64 * 64, a_lo + pid * 64 * 64, SPLIT)
-
-
-@triton.jit
-def prepare_exact(
-    q, k, g, blocks, qh, kh, G, a_hi, a_lo, ge, scale,
-    H,
-    K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, STORE: tl.constexpr,
-    SPLIT: tl.constexpr, LIMIT: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """The same with (4) for the chunks that `prepare` gets wrong; the others cost a look at Ge."""
-    pid = tl.program_id(0).to(tl.int64)
-    HQ = H * R
-    hq, chunk = pid % HQ, pid // HQ
-    block, half = chunk // 2, chunk % 2
-    head = hq // R
-    all_rows = tl.load(blocks + 2 * block + 1)
-    if all_rows == 0:
-        return
-    ge += (chunk * H + head) * K
-    if tl.max(-tl.load(ge + tl.arange(0, K)), 0) <= LIMIT:
-        return
-    row = tl.load(blocks + 2 * block) + 64 * half
-    i = tl.arange(0, 64)
-    c = tl.arange(0, KB)[None, :]
-    live = (i < all_rows - 64 * half)[:, None]
-    dtype = qh.dtype.element_ty
-    A = tl.zeros((64, 64), tl.float32)
-    for s in range(0, K, KB):
-        at_q = (row * HQ + hq) * K + i[:, None] * (HQ * K) + s + c
-        at_k = (row * H + head) * K + i[:, None] * (H * K) + s + c
-        at_kh = (chunk * H + head) * 64 * K + i[:, None] * K + s + c
-        Q = tl.load(q + at_q, mask=live, other=0.0).to(tl.float32) * scale
-        Y = tl.load(k + at_k, mask=live, other=0.0).to(tl.float32)
-        G1 = tl.maximum(tl.load(g + at_k, mask=live, other=0.0).to(tl.float32), FLOOR)
-        A += tl.where(i[:, None] == i[None, :], tl.sum(Q * Y, 1)[:, None], 0.0)
-        for level in range(6):
-            upper, near, between = halving(level, 64)
-            E = tl.exp(sums(between, G1, dtype))
-            Qh, Yh = tl.where(upper, Q * E, 0.0), tl.where(upper, 0.0, Y * E)
-            A += tl.where(near, tl.dot(Qh, tl.trans(Yh), input_precision=PREC), 0.0)  # (4)
-        P, X = prefix_sums(G1, 64, dtype)
-        tl.store(qh + pid * 64 * K + i[:, None] * K + s + c, Q * tl.exp(P))
-        if hq % R == 0:
-            tl.store(kh + at_kh, Y * tl.exp(X))
-            if STORE:
-                tl.store(G + at_kh, P)
-    store_scores(A, a_hi + pid * 64 * 64, a_lo + pid * 64 * 64, SPLIT)
+    store_scores(A, a + pid * 64 * 64)
 
 
 @triton.jit
@@ -213,19 +131,13 @@ def local_states(
     """A segment's state from zero: S = e^Ge S + x^T y over its chunks, backwards if REVERSE.
 
     x (chunks, H R, 64, K) as `prepare` writes it, y rows of (H R, V). Grid segments * H * tiles.
+    The segment that ends the walk over a sequence is left out: no other starts from it.
     """
-    pid = tl.program_id(0).to(tl.int64)
     NV: tl.constexpr = V // VB
     NK: tl.constexpr = K // KB
-    tile = pid % (NV * NK)
-    head = (pid // (NV * NK)) % H
-    seg = pid // (NV * NK * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    seg, _, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, NV * NK, REVERSE)
+    if (chunks == 0) | ends:
         return
-    first = tl.load(segments + 6 * seg) * 2
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
     i = tl.arange(0, 64)
     kk = (tile // NV) * KB + tl.arange(0, KB)
     vv = (tile % NV) * VB + tl.arange(0, VB)
@@ -234,10 +146,9 @@ def local_states(
     at_y = i[:, None] * (HQ * V) + vv[None, :]
     S = tl.zeros((KB, VB), tl.float32)
     total = tl.zeros((KB,), tl.float32)
-    chunks = (count * 2).to(tl.int32)
     for n in range(chunks):
         t = (chunks - 1 - n) if REVERSE else n
-        chunk = first + t
+        chunk = block0 * 2 + t
         row = row0 + t * 64
         end = tl.load(ge + (chunk * H + head) * K + kk)
         S *= tl.exp(end)[:, None]
@@ -245,7 +156,7 @@ def local_states(
         for r in tl.static_range(R):
             hq = head * R + r
             X = tl.load(x + (chunk * HQ + hq) * (64 * K) + at_x)
-            live = (i < row_end - row)[:, None]
+            live = (i < rows - t * 64)[:, None]
             Y = tl.load(y + (row * HQ + hq) * V + at_y, mask=live, other=0.0)
             S = tl.dot(tl.trans(X), Y.to(X.dtype), S, input_precision=PREC)
     at = seg * H + head
@@ -256,42 +167,33 @@ def local_states(
 
 @triton.jit
 def sweep(
-    qh, kh, a, ge, v, segments, bounds, s0, local, decay, o, states, final,
+    qh, kh, a, ge, v, segments, start, o, states, final,
     H,
     K: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, STORE: tl.constexpr, FINAL: tl.constexpr,
+    START: tl.constexpr, CUT: tl.constexpr, STORE: tl.constexpr, FINAL: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """Outputs (2) of one segment and V tile; states at the first row of each block of 128."""
-    pid = tl.program_id(0).to(tl.int64)
-    NV: tl.constexpr = V // VB
-    head = (pid // NV) % H
-    seg = pid // (NV * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    """Outputs (2) of one segment and V tile; states at the first row of each block of 128.
+
+    start: states of the segments if CUT, else of the sequences. Grid segments * H * V / VB.
+    """
+    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, False)
+    if chunks == 0:
         return
-    block0 = tl.load(segments + 6 * seg)
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
-    seq = tl.load(segments + 6 * seg + 4)
-    seg0 = tl.load(segments + 6 * seg + 5)
     HQ = H * R
     i = tl.arange(0, 64)
     kk = tl.arange(0, K)
-    vv = (pid % NV) * VB + tl.arange(0, VB)
+    vv = tile * VB + tl.arange(0, VB)
     at_S = kk[:, None] * V + vv[None, :]
     at_h, at_a = i[:, None] * K + kk[None, :], i[:, None] * 64 + i[None, :]
     at_v, at_o = i[:, None] * (H * V) + vv[None, :], i[:, None] * (HQ * V) + vv[None, :]
     S = tl.zeros((K, VB), tl.float32)
-    if INITIAL:
-        S += tl.load(s0 + (seq * H + head) * (K * V) + at_S)
-    if LOCAL:
-        S = start_state(S, local, decay, head, seg0, seg, H, kk, vv, K, V, False)
-    chunks = (count * 2).to(tl.int32)
+    if START:
+        S += tl.load(start + ((seg if CUT else seq) * H + head) * (K * V) + at_S)
     for t in range(chunks):
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < row_end - row)[:, None]
+        live = (i < rows - t * 64)[:, None]
         Y = tl.load(kh + (chunk * H + head) * (64 * K) + at_h)
         W = tl.load(v + (row * H + head) * V + at_v, mask=live, other=0.0).to(Y.dtype)
         end = tl.load(ge + (chunk * H + head) * K + kk)
@@ -306,5 +208,5 @@ def sweep(
             out = tl.dot(A, W, out, input_precision=PREC)  # (2)
             tl.store(o + (row * HQ + hq) * V + at_o, out, mask=live)
         S = tl.dot(tl.trans(Y), W, S * tl.exp(end)[:, None], input_precision=PREC)  # (3)
-    if FINAL and seg + 1 == tl.load(bounds + 2 * seq) + tl.load(bounds + 2 * seq + 1):
+    if FINAL and ends:
         tl.store(final + (seq * H + head) * (K * V) + at_S, S)

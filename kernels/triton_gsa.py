@@ -23,6 +23,7 @@ gates and no s; two blocks of a kernel never share a multiprocessor but in `slot
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -43,17 +44,20 @@ class Tile:
         columns: of K, V or [K | V] in a step.
         warps, stages: the launch options of Triton.
         slots: of the M at a time where all of them would want more registers than there are.
+        registers: most of a thread, where fewer let two blocks share a multiprocessor.
     """
 
     columns: int
     warps: int
     stages: int
     slots: int = 16
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
         """The launch options of Triton."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        most = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, "num_stages": self.stages, **most}
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class Tiles:
     Attributes:
         slots: its columns are slots.
         walk: of the states and of their gradients, summaries of segments included.
+        slot_gradients: for blocks of one pair of factors, and for the others.
         programs: programs wanted for a walk; where sequences times heads times tiles give fewer,
             sequences are cut into segments.
     """
@@ -71,6 +76,7 @@ class Tiles:
     walk: Tile
     outputs: Tile
     logits: Tile
+    slot_gradients: tuple[Tile, Tile]
     gradients: Tile
     programs: int
 
@@ -78,18 +84,21 @@ class Tiles:
 def tiles(K: int, V: int, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """The rule: how large a tile fits the registers and shared memory at this shape."""
     columns = min(K, V, 64)
-    slots = Tile(min(M, 32), 4, 1)
     if dtype == torch.bfloat16 and M <= 64:
-        main = Tile(columns, 8, 2)
+        slots = Tile(M, 8, 1, registers=128)
+        main = Tile(columns, 8, 2, slots=64)
         # with R > 1 the scores of the heads are fetched in each step, and two would not fit; a walk
         # back fetches the operands of R heads
         last = main if R == 1 else Tile(columns, 8, 1)
-        return Tiles(slots, Tile(columns, 4, max(1, 4 - R)), main, main, last, programs=528)
-    stages = 2 if dtype == torch.bfloat16 and M <= 128 else 1
+        walk = Tile(columns, 4, max(1, 4 - R))
+        pair = (Tile(0, 8, 1, slots=32, registers=128), Tile(0, 8, 1, slots=32))
+        return Tiles(slots, walk, main, main, pair, last, programs=528)
+    slots, stages = Tile(min(M, 64), 8, 1), 2 if dtype == torch.bfloat16 and M <= 128 else 1
     main = Tile(min(columns, 32), 8 if M <= 128 else 16, stages)
     walk = Tile(main.columns, main.warps // 2, stages if R <= 2 else 1)
     last = main if R == 1 else Tile(main.columns, main.warps, 1)
-    return Tiles(slots, walk, main, main, last, programs=528)
+    pair = (Tile(0, 8, 1), Tile(0, 8, 1))
+    return Tiles(slots, walk, main, main, pair, last, programs=528)
 
 
 @dataclass(frozen=True)
@@ -113,19 +122,29 @@ class Plan:
     tiles: Tiles
 
     @property
-    def split(self) -> bool:
-        """Whether A2 is kept as two numbers."""
+    def bf16(self) -> bool:
+        """Whether products are of bf16 numbers."""
         return self.dtype == torch.bfloat16
 
     @property
     def prec(self) -> str:
         """How fp32 operands are multiplied."""
-        return "tf32" if self.split else "tf32x3"
+        return "tf32" if self.bf16 else "tf32x3"
 
     @property
     def limit(self) -> float:
         """Decay in nats up to which one pair of factors is used, as of the key gate's engine."""
-        return 128.0 if self.split else 16.0
+        return 128.0 if self.bf16 else 16.0
+
+    @property
+    def hoist(self) -> bool:
+        """Whether `gradients` keeps scores over its loops: fp32's tf32x3 parts would not fit."""
+        return self.R == 1 and self.bf16
+
+    @property
+    def in_place(self) -> bool:
+        """Whether A2 and dA1 wait in dv and dq, which `gradients` writes after reading them."""
+        return self.hoist and min(self.K, self.V) >= BLOCK
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor on the inputs' device."""
@@ -151,18 +170,36 @@ def saved_shapes(
     blocks: int, H: int, HQ: int, K: int, V: int, M: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of what `forward` keeps for the backward."""
-    parts = 1 + (dtype == torch.bfloat16)
     return [
         ((blocks, H, BLOCK, M), dtype),  # s^
         ((blocks, H, BLOCK, M), torch.float32),  # G
         ((blocks, H, M), torch.float32),  # Ge
+        ((blocks, H, M // min(M, 64)), torch.int32),  # n, the sizes of groups
         ((blocks, H, M, K + V), dtype),  # S1, S2
-        ((blocks, HQ, BLOCK, M), torch.float32),  # p
+        ((blocks, HQ, BLOCK, M), dtype),  # p
         ((blocks, HQ, BLOCK, BLOCK), dtype),  # A1
-        ((blocks, HQ, parts, BLOCK, BLOCK), dtype),  # A2
         ((blocks, HQ, BLOCK, M), dtype),  # the state's part of z
-        ((blocks, HQ, BLOCK, M), dtype),  # p e^G
     ]
+
+
+@lru_cache(maxsize=16)
+def selections(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Matrices (16, BLOCK, BLOCK) whose products with g are the sums of triton_gsa_pairs.py.
+
+    0 to 6: E of (1) there, for groups of 2^n rows; 7 to 13: the exponents of (2), for h = 1 .. 64;
+    then the sums over the rows before each row, and over those after it.
+    """
+    i = torch.arange(BLOCK, device=device)[:, None]
+    s = i.T
+    out = []
+    for n in range(7):
+        first = i >> n << n
+        inside = (s > first) & (s < first + 2**n)
+        out.append(torch.where(s <= i, 0.5, -0.5) * inside)
+    for n in range(7):
+        u = (i >> (n + 1) << (n + 1)) + 2**n
+        out.append(torch.where(i >= u, (s >= u) & (s <= i), (s > i) & (s < u)))
+    return torch.stack([x.to(dtype) for x in (*out, s < i, s > i)])
 
 
 def walk(
@@ -200,11 +237,11 @@ def forward(
     shapes = saved_shapes(nb, p.H, HQ, p.K, p.V, p.M, p.dtype)
     # without a backward, only the first five exist
     kept = [p.new(*s, dtype=d) if save or j < 5 else p.new(0) for j, (s, d) in enumerate(shapes)]
-    sh, G, ge, states, *rest = kept
-    t = p.tiles.slots
+    sh, G, ge, levels, states, *rest = kept
+    t, table = p.tiles.slots, selections(p.dtype, p.q.device)
     forward_kernels.slots[(nb * p.H * (p.M // t.columns),)](
-        p.s, p.g, p.layout.blocks, sh, G, ge, p.H,
-        M=p.M, MB=t.columns, GIVEN=p.s is not None, **t.options,
+        p.s, p.g, p.layout.blocks, table, sh, G, ge, levels, p.H,
+        M=p.M, MB=t.columns, GIVEN=p.s is not None, LIMIT=p.limit, **t.options,
     )  # fmt: skip
     final = p.new(0, dtype=torch.float32)
     if want_final:
@@ -212,12 +249,13 @@ def forward(
     walk(p, sh, p.k, sh, p.v, ge, start, states, final if want_final else None, False)
     o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
     t = p.tiles.outputs
-    for exact in (False, True):
+    scratch = p.new(*(0,) if t.slots >= p.M else (nb, HQ, BLOCK, p.M), dtype=torch.float32)
+    for strong in (False, True):
         forward_kernels.outputs[(nb * HQ,)](
-            p.q, p.k, p.v, p.s, p.g, p.layout.blocks, G, ge, states, o, *rest, p.scale, p.slots,
-            p.H,
+            p.q, p.k, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, o, *rest, scratch,
+            p.scale, p.slots, p.H,
             K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=p.s is not None,
-            SAVE=save, SPLIT=p.split, EXACT=exact, LIMIT=p.limit, PREC=p.prec, **t.options,
+            SAVE=save, STRONG=strong, PREC=p.prec, **t.options,
         )  # fmt: skip
     return o, final, kept
 
@@ -226,32 +264,41 @@ def backward(
     p: Plan, do: Tensor, dfinal: Tensor | None, kept: list[Tensor], want_initial: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, ds (empty where s is not given), dg and the initial states' gradient."""
-    sh, G, ge, states, prob, a1, a2, zs, x2 = kept
-    nb, HQ = len(p.layout.blocks), p.H * p.R
+    sh, G, ge, levels, states, prob, a1, zs = kept
     given = p.s is not None
-    da1, x1 = torch.empty_like(a1), torch.empty_like(x2)
-    dp, ds_part, dg_part = (torch.empty_like(prob) for _ in range(3))
-    whole = p.new(nb, HQ, p.M, dtype=torch.float32)
+    nb, HQ = len(p.layout.blocks), p.H * p.R
+    table = selections(p.dtype, p.q.device)
+    x1, x2, ds_part, dg_part = (torch.empty_like(prob) for _ in range(4))
+    dq, dk, dv = (torch.empty_like(x) for x in (p.q, p.k, p.v))
+    da1, da2, a2 = (dq, dk, dv) if p.in_place else (torch.empty_like(a1) for _ in range(3))
     t = p.tiles.logits
-    for exact in (False, True):
+    scratch = p.new(*(0,) if t.slots >= p.M else prob.shape, dtype=torch.float32)
+    for strong in (False, True):
         backward_kernels.logit_gradients[(nb * HQ,)](
-            do, p.v, p.s, p.g, p.layout.blocks, G, ge, states, prob, a1, zs, dp, da1, x1, ds_part,
-            dg_part, whole, p.scale, p.H,
+            do, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, prob, zs, a2, da2,
+            da1, x1, x2, ds_part, dg_part, scratch, p.scale, p.H,
             K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=given,
-            SPLIT=p.split, EXACT=exact, LIMIT=p.limit, PREC=p.prec, **t.options,
+            STRONG=strong, IN_PLACE=p.in_place, PREC=p.prec, **t.options,
         )  # fmt: skip
-    del dp
+        u = p.tiles.slot_gradients[strong]
+        backward_kernels.slot_gradients[(nb * HQ * (p.M // min(p.M, u.slots)),)](
+            p.s, p.g, p.layout.blocks, table, G, ge, levels, prob, a1, da2, ds_part, dg_part, p.H,
+            K=p.K, M=p.M, MB=min(p.M, u.slots), R=p.R, GIVEN=given, STRONG=strong,
+            IN_PLACE=p.in_place, PREC=p.prec, **u.options,
+        )  # fmt: skip
+    del scratch, da2
     dstates, dstart = torch.empty_like(states), p.new(0, dtype=torch.float32)
     if want_initial:
         dstart = p.new(len(p.layout.bounds), p.H, p.M, p.K + p.V, dtype=torch.float32)
     walk(p, x1, p.q, x2, do, ge, dfinal, dstates, dstart if want_initial else None, True)
-    dq, dk, dv, dg = (torch.empty_like(x) for x in (p.q, p.k, p.v, p.g))
+    del x2
+    dg = torch.empty_like(p.g)
     ds = p.new(0) if p.s is None else torch.empty_like(p.s)
     t = p.tiles.gradients
     backward_kernels.gradients[(nb * p.H,)](
-        p.q, p.k, p.v, do, p.s, p.g, p.layout.blocks, sh, ge, states, dstates, a2, da1, x1,
-        ds_part, dg_part, whole, dq, dk, dv, ds, dg, p.H,
-        K=p.K, V=p.V, M=p.M, KB=t.columns, VB=t.columns, R=p.R, GIVEN=given, SPLIT=p.split,
-        PREC=p.prec, **t.options,
+        p.q, p.k, p.v, do, p.s, p.g, p.layout.blocks, table, sh, ge, states, dstates, a2, da1, x1,
+        ds_part, dg_part, dq, dk, dv, ds, dg, p.H,
+        K=p.K, V=p.V, M=p.M, KB=t.columns, VB=t.columns, R=p.R, GIVEN=given, HOIST=p.hoist,
+        IN_PLACE=p.in_place, PREC=p.prec, **t.options,
     )  # fmt: skip
     return dq, dk, dv, ds, dg, dstart

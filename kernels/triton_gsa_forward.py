@@ -14,11 +14,9 @@ neither state depends on q; the same walk carries the gradients of the states ba
 `slots` writes G and s^, `walk` a state of (M, columns) a block, `outputs` does (2)-(4) with all
 blocks at once.
 
-Products with e^{G_i-G_j}. `factors` writes it as Fq_i Fk_j. While no slot decays by more than
-LIMIT nats in the block, one pair of factors serves all (i, j), scaled to the block's middle:
-e^{G-Ge/2} and e^{Ge/2-G}. Beyond, eight pairs: the seven levels of binary halving that
-triton_gla_forward.py explains, and one for i = j. The two cases are two launches of one source
-(EXACT), each of which leaves the other's blocks alone.
+Products with e^{G_i-G_j} are those of scaled operands, see triton_gsa_pairs.py; the blocks that need
+more than one pair of factors have a launch of the same source (STRONG), and each of the two leaves
+the other's blocks alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -27,77 +25,30 @@ triton_gla_forward.py explains, and one for i = j. The two cases are two launche
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_gla_forward import FLOOR, halving, start_state, sums
-
-
-@triton.jit
-def strength(s, g, at, live, GIVEN: tl.constexpr):
-    """The write strengths: s, or 1 - e^g if they are not GIVEN. 0 where not live."""
-    if GIVEN:
-        w = tl.load(s + at, mask=live, other=0.0).to(tl.float32)
-    else:
-        w = 1.0 - tl.exp(tl.load(g + at, mask=live, other=0.0).to(tl.float32))
-    return w
-
-
-@triton.jit
-def gate_sums(G, g, live, EXACT: tl.constexpr):
-    """What `factors` starts from: the running sums at G, or if EXACT the gates at g, finite."""
-    if EXACT:
-        out = tl.load(g, mask=live, other=0.0).to(tl.float32)
-        out = tl.maximum(out, FLOOR)
-    else:
-        out = tl.load(G)
-    return out
-
-
-@triton.jit
-def factors(level, G, end, EXACT: tl.constexpr, dtype: tl.constexpr):
-    """Fq, Fk (128, M) and near (128, 128): e^{G_i-G_j} = Fq_i Fk_j for the pairs with near_ij.
-
-    G as `gate_sums` gives it; end is Ge (1, M). One level, or 8 if EXACT: every pair i >= j is near
-    in exactly one of them.
-    """
-    i = tl.arange(0, 128)
-    if EXACT:
-        upper, near, between = halving(level, 128)
-        E = tl.exp(sums(between, G, dtype))
-        own = level == 7
-        Fq = tl.where(own, 1.0, tl.where(upper, E, 0.0))
-        Fk = tl.where(own, 1.0, tl.where(upper, 0.0, E))
-        near = tl.where(own, i[:, None] == i[None, :], near)
-    else:
-        P = G - 0.5 * end
-        Fq, Fk = tl.exp(P), tl.exp(-P)
-        near = i[:, None] >= i[None, :]
-    return Fq, Fk, near
-
-
-@triton.jit
-def masked(A, near, EXACT: tl.constexpr):
-    """A with zeros outside of near if EXACT; else A, whose lower triangle is all there is."""
-    if EXACT:
-        A = tl.where(near, A, 0.0).to(A.dtype)
-    return A
-
-
-@triton.jit
-def add_scores(X, Y, A, near, EXACT: tl.constexpr, PREC: tl.constexpr):
-    """A + X Y^T where near; if not EXACT everywhere, and the upper triangle is not meant."""
-    if EXACT:
-        A += tl.where(near, tl.dot(X, tl.trans(Y), input_precision=PREC), 0.0)
-    else:
-        A = tl.dot(X, tl.trans(Y), A, input_precision=PREC)
-    return A
+from glactl.kernels.triton_gla_forward import start_state
+from glactl.kernels.triton_gsa_pairs import (
+    add_mix,
+    add_scores,
+    gates,
+    selected_sums,
+    slot_scores,
+    slot_tile,
+    strength,
+    sums_after,
+    sums_before,
+)
 
 
 @triton.jit
 def slots(
-    s, g, blocks, sh, G, ge,
+    s, g, blocks, table, sh, G, ge, levels,
     H,
-    M: tl.constexpr, MB: tl.constexpr, GIVEN: tl.constexpr,
+    M: tl.constexpr, MB: tl.constexpr, GIVEN: tl.constexpr, LIMIT: tl.constexpr,
 ):  # fmt: skip
-    """s^ (blocks, H, 128, M), G alike in fp32, Ge (blocks, H, M); grid blocks * H * M / MB."""
+    """s^ (blocks, H, 128, M), G alike in fp32, Ge (blocks, H, M), n (blocks, H, M / MB).
+
+    n as above for these slots. Grid blocks * H * M / MB.
+    """
     pid = tl.program_id(0).to(tl.int64)
     NM: tl.constexpr = M // MB
     head = (pid // NM) % H
@@ -106,17 +57,26 @@ def slots(
     rows = tl.load(blocks + 2 * block + 1)
     if rows == 0:
         return
-    i = tl.arange(0, 128)[:, None]
+    dtype = sh.dtype.element_ty
+    PLAIN: tl.constexpr = g.dtype.element_ty == tl.bfloat16 and dtype == tl.bfloat16
+    i = tl.arange(0, 128)
+    live = (i < rows)[:, None]
     c = (pid % NM) * MB + tl.arange(0, MB)
-    at_g = (row * H + head) * M + i * (H * M) + c[None, :]
-    at = (block * H + head) * (128 * M) + i * M + c[None, :]
-    g1 = tl.load(g + at_g, mask=i < rows, other=0.0).to(tl.float32)
-    after = tl.load(g + at_g + H * M, mask=i + 1 < rows, other=0.0).to(tl.float32)
-    w = strength(s, g, at_g, i < rows, GIVEN)
-    tl.store(G + at, tl.cumsum(g1, 0))
-    tl.store(ge + (block * H + head) * M + c, tl.sum(g1, 0))
-    # Ge - G as a sum of its own: a difference would be inf - inf, or cancel after a strong gate
-    tl.store(sh + at, w * tl.exp(tl.cumsum(after, 0, reverse=True)))
+    at_g = (row * H + head) * M + i[:, None] * (H * M) + c[None, :]
+    at = (block * H + head) * (128 * M) + i[:, None] * M + c[None, :]
+    g1 = gates(g + at_g, live)
+    end = tl.sum(g1, 0)
+    tl.store(ge + (block * H + head) * M + c, end)
+    tl.store(G + at, sums_before(g1, table, dtype) + g1)
+    w = strength(s, g, at_g, live, GIVEN)
+    tl.store(sh + at, w * tl.exp(sums_after(g + at_g, H * M, rows, table, PLAIN, dtype)))
+    size = 7
+    if tl.max(-end, 0) > LIMIT:
+        size = 0
+        for n in range(1, 7):
+            half = selected_sums(table, n, g1, PLAIN, dtype)  # least in a group's last row
+            size += (-2.0 * tl.min(half) <= LIMIT).to(tl.int32)  # so are all smaller groups
+    tl.store(levels + pid, size)
 
 
 @triton.jit
@@ -200,17 +160,17 @@ def walk(
 
 @triton.jit
 def outputs(
-    q, k, v, s, g, blocks, sums_, ge, states, o, p, a1, a2, zs, x2, scale, slots,
+    q, k, v, s, g, blocks, table, sums_, ge, levels, states, o, p, a1, zs, scratch, scale, slots,
     H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
-    R: tl.constexpr, GIVEN: tl.constexpr, SAVE: tl.constexpr, SPLIT: tl.constexpr,
-    EXACT: tl.constexpr, LIMIT: tl.constexpr, PREC: tl.constexpr,
+    R: tl.constexpr, GIVEN: tl.constexpr, SAVE: tl.constexpr, STRONG: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
-    """(2)-(4) for one block and query head that decays by LIMIT at most, or EXACT: by more.
+    """(2)-(4) for one block and query head of n = 7, or STRONG: less.
 
-    Writes p in fp32 (z meanwhile: a tile of MB slots at a time needs few registers). SAVE keeps
-    for the backward A1, A2 (as two numbers if SPLIT), the state's part of z, and p e^G; all
-    (blocks, HQ, 128, ..). Grid blocks * HQ.
+    SAVE keeps for the backward p, A1 and the state's part of z, all (blocks, HQ, 128, ..). With
+    MB < M slots at a time, for fewer registers, `scratch` (blocks, HQ, 128, M) holds z, then p.
+    Grid blocks * HQ.
     """
     pid = tl.program_id(0).to(tl.int64)
     HQ = H * R
@@ -220,19 +180,22 @@ def outputs(
     rows = tl.load(blocks + 2 * block + 1)
     if rows == 0:
         return
+    NL: tl.constexpr = M // 64 if M > 64 else 1
+    size = tl.min(tl.load(levels + (block * H + head) * NL + tl.arange(0, NL)), 0)
+    if (size < 7) != STRONG:
+        return
     i = tl.arange(0, 128)
     m = tl.arange(0, M)
-    ge += (block * H + head) * M
-    if (tl.max(-tl.load(ge + m), 0) > LIMIT) != EXACT:
-        return
     dtype = states.dtype.element_ty
+    PLAIN: tl.constexpr = g.dtype.element_ty == tl.bfloat16 and dtype == tl.bfloat16
     live = (i < rows)[:, None]
+    lower = i[:, None] >= i[None, :]
     W: tl.constexpr = K + V
-    LEVELS: tl.constexpr = 8 if EXACT else 1
     states += (block * H + head) * (M * W)
     sums_ += (block * H + head) * (128 * M)
-    p += pid * (128 * M)
-    at_g = (row * H + head) * M + i[:, None] * (H * M)
+    ge += (block * H + head) * M
+    scratch += pid * (128 * M)
+    s_g = (row * H + head) * M  # the block's first row of s and g
     at_m = i[:, None] * M + m[None, :]
     at_A = i[:, None] * 128 + i[None, :]
     c = tl.arange(0, WB)
@@ -248,53 +211,41 @@ def outputs(
         S = tl.load(states + at_S + n)
         A = tl.dot(Q, tl.trans(Y), A, input_precision=PREC)
         Z = tl.dot(Q, tl.trans(S), Z, input_precision=PREC)
-    A = tl.where(i[:, None] >= i[None, :], scale * A, 0.0)
+    X = tl.where(lower, scale * A, 0.0).to(dtype)
     Z *= scale * tl.exp(tl.load(sums_ + at_m))
-    tl.store(p + at_m, Z)
     if SAVE:
-        tl.store(a1 + pid * (128 * 128) + at_A, A)
+        tl.store(a1 + pid * (128 * 128) + at_A, X)
         tl.store(zs + pid * (128 * M) + at_m, Z)
-    tl.debug_barrier()
-    for n in tl.range(0, M, MB, num_stages=1):
-        mb = n + tl.arange(0, MB)[None, :]
-        at = i[:, None] * M + mb
-        w = strength(s, g, at_g + mb, live, GIVEN)
-        G = gate_sums(sums_ + at, g + at_g + mb, live, EXACT)
-        end = tl.load(ge + mb)
-        logit = tl.load(p + at)
-        for level in range(LEVELS):
-            Fq, Fk, near = factors(level, G, end, EXACT, dtype)
-            near_A = masked(A, near, EXACT)
-            logit += Fq * tl.dot(near_A, w * Fk, input_precision=PREC)  # (2)
-        tl.store(p + at, tl.where(mb < slots, logit, float("-inf")))  # padding gets no weight
-    tl.debug_barrier()
-
-    Z = tl.load(p + at_m)
+    if MB == M:
+        w, G, end = slot_tile(s, g, sums_, ge, s_g, H * M, rows, 0, M, MB, GIVEN, STRONG)
+        Z = add_mix(Z, X, w, G, end, size, table, STRONG, PLAIN, PREC)  # (2)
+    else:
+        tl.store(scratch + at_m, Z)
+        tl.debug_barrier()
+        for n in tl.range(0, M, MB, num_stages=1):
+            w, G, end = slot_tile(s, g, sums_, ge, s_g, H * M, rows, n, M, MB, GIVEN, STRONG)
+            at = i[:, None] * M + n + tl.arange(0, MB)[None, :]
+            logit = add_mix(
+                tl.load(scratch + at), X, w, G, end, size, table, STRONG, PLAIN, PREC
+            )  # (2)
+            tl.store(scratch + at, logit)
+        tl.debug_barrier()
+        Z = tl.load(scratch + at_m)
+    Z = tl.where(m[None, :] < slots, Z, float("-inf"))  # padding gets no weight
     Z = tl.exp(Z - tl.max(Z, 1)[:, None])
-    Z = Z / tl.sum(Z, 1)[:, None]  # (3)
-    tl.store(p + at_m, Z)
-    X = (Z * tl.exp(tl.load(sums_ + at_m))).to(dtype)
+    P = (Z / tl.sum(Z, 1)[:, None]).to(dtype)  # (3), rounded once for all that follows
     if SAVE:
-        tl.store(x2 + pid * (128 * M) + at_m, X)
-    tl.debug_barrier()
-    A = tl.zeros((128, 128), tl.float32)
-    for n in tl.range(0, M, MB, num_stages=1):
-        mb = n + tl.arange(0, MB)[None, :]
-        at = i[:, None] * M + mb
-        w = strength(s, g, at_g + mb, live, GIVEN)
-        G = gate_sums(sums_ + at, g + at_g + mb, live, EXACT)
-        end = tl.load(ge + mb)
-        P = tl.load(p + at)
-        for level in range(LEVELS):
-            Fq, Fk, near = factors(level, G, end, EXACT, dtype)
-            A = add_scores(P * Fq, w * Fk, A, near, EXACT, PREC)  # (4)
-    A = tl.where(i[:, None] >= i[None, :], A, 0.0)
-    hi = A.to(dtype)
-    if SAVE:
-        a2 += pid * ((1 + SPLIT) * 128 * 128)
-        tl.store(a2 + at_A, hi)
-        if SPLIT:
-            tl.store(a2 + 128 * 128 + at_A, A - hi.to(tl.float32))
+        tl.store(p + pid * (128 * M) + at_m, P)
+    X = (P * tl.exp(tl.load(sums_ + at_m))).to(dtype)
+    if MB == M:
+        A = add_scores(tl.zeros_like(A), P, w, G, end, size, table, STRONG, PLAIN, PREC)
+    else:
+        tl.store(scratch + at_m, P)
+        tl.debug_barrier()
+        A = slot_scores(
+            scratch, s, g, sums_, ge, s_g, H * M, rows, size, table, dtype, M, MB, GIVEN, STRONG, PREC
+        )  # fmt: skip
+    scores = tl.where(lower, A, 0.0).to(dtype)  # (4)
 
     at_v = (row * H + head) * V + i[:, None] * (H * V) + c[None, :]
     at_o = (row * HQ + hq) * V + i[:, None] * (HQ * V) + c[None, :]
@@ -302,5 +253,5 @@ def outputs(
         Y = tl.load(v + at_v + n, mask=live, other=0.0).to(dtype)
         S = tl.load(states + at_S + K + n)
         out = tl.dot(X, S, input_precision=PREC)
-        out = tl.dot(hi, Y, out, input_precision=PREC)  # (4)
+        out = tl.dot(scores, Y, out, input_precision=PREC)  # (4)
         tl.store(o + at_o + n, out, mask=live)

@@ -1,9 +1,9 @@
 """Gated linear attention with a scalar decay, or none, on a CUDA device: tile shapes and launches.
 
 The mathematics is in triton_scalar_forward.py and triton_scalar_backward.py, the cut into blocks
-and segments in triton_layout.py, the differentiable operator in triton_scalar_op.py. Two launches
-forward (three with segments) and three backward, one more with segments and one more where the
-decay wants a gradient.
+and segments in triton_layout.py, the states carried between segments in triton_segments.py, the
+differentiable operator in triton_scalar_op.py. Two launches forward and three backward, two more
+each with segments and one more where the decay wants a gradient.
 
 Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A and dA kept as two
 bf16 numbers, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
@@ -36,6 +36,7 @@ from glactl.kernels import triton_scalar_backward as backward_kernels
 from glactl.kernels import triton_scalar_forward as forward_kernels
 from glactl.kernels.triton_gla import Tile, operand_dtype
 from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
+from glactl.kernels.triton_segments import carried
 
 TWO_BLOCKS = {"maxnreg": 128}  # registers a thread, so that two blocks share a multiprocessor
 
@@ -72,14 +73,15 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
             gradients=Tile(min(K, 32), min(V, 32), 8, 1),
             programs=528,
         )
-    if K > 256:
-        v = min(v, 32)
     wide = K > 128
+    # Not 8 warps over 32 columns: at K 512 that ended in an illegal memory access (H100, Triton
+    # 3.6; no index of the source is out of bounds), and sweep_back spilled 428 bytes, not 216.
+    warps = 8 if wide and v == 64 else 4
     return Tiles(
         scores=Tile(min(K, 64), V, 4, 3),
         local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
-        sweep=Tile(K, v, 8 if wide else 4, 1 if K > 256 else 2),
-        back=Tile(K, v, 8 if wide else 4, 1),
+        sweep=Tile(K, v, warps, 1 if K > 256 else 2),
+        back=Tile(K, v, warps, 1),
         score_gradient=Tile(K, min(V, 64), 8, 3),
         gradients=Tile(min(K, 64), min(V, 64), 8, 2),
         programs=528 if wide else 264,
@@ -92,14 +94,12 @@ def gate_kind(g: Tensor | None) -> int:
 
 
 def saved_shapes(
-    blocks: int, H: int, HQ: int, dtype: torch.dtype, want_low: bool
+    blocks: int, H: int, HQ: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of A (high and low part) and of the running sums of the decays."""
+    """Shape and dtype of A and of the running sums of the decays."""
     n = 2 * blocks
-    low = (n, HQ, CHUNK, CHUNK) if want_low and dtype == torch.bfloat16 else (0,)
     return [
         ((n, HQ, CHUNK, CHUNK), dtype),
-        (low, dtype),
         ((n, H, 2, CHUNK), torch.float32),
     ]
 
@@ -149,12 +149,13 @@ def plan(
     return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
 
 
-def segment_states(
-    p: Plan, x: Tensor, y: Tensor, sums: Tensor, reverse: bool
-) -> tuple[Tensor, Tensor]:
-    """Each segment's state from zero, or its gradient, and the decay over the segment."""
+def segment_starts(
+    p: Plan, x: Tensor, y: Tensor, sums: Tensor, initial: Tensor | None, reverse: bool
+) -> Tensor | None:
+    """The states, or their gradients if reverse, that the walks start from: of the sequences, as
+    given, or of the segments where sequences are cut."""
     if not p.layout.split:
-        return p.new(0), p.new(0)
+        return initial
     n, t = len(p.layout.segments), p.tiles.local
     local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
     decay = p.new(n, p.H, p.K, dtype=torch.float32)
@@ -163,7 +164,7 @@ def segment_states(
         x, y, sums, p.layout.segments, local, decay, p.scale, p.H,
         K=p.K, V=p.V, KB=t.K, VB=t.V, REVERSE=reverse, BF16=p.split, **options,
     )  # fmt: skip
-    return local, decay
+    return carried(p.layout, local, decay, initial, reverse)
 
 
 def forward(
@@ -171,14 +172,14 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """o, final state, states of the blocks, and what the backward wants of the scores."""
     nb, n, N = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds)
-    shapes = saved_shapes(nb, p.H, p.H * p.R, p.dtype, want_states)
-    parts = hi, lo, sums = tuple(p.new(*s, dtype=d) for s, d in shapes)
+    shapes = saved_shapes(nb, p.H, p.H * p.R, p.dtype)
+    parts = a, sums = tuple(p.new(*s, dtype=d) for s, d in shapes)
     t = p.tiles.scores
     forward_kernels.scores[(2 * nb * p.H * p.R,)](
-        p.q, p.k, p.g, p.layout.blocks, hi, lo, sums, p.scale, p.H,
-        K=p.K, KB=t.K, SPLIT=p.split and want_states, BF16=p.split, **p.common, **t.options,
+        p.q, p.k, p.g, p.layout.blocks, a, sums, p.scale, p.H,
+        K=p.K, KB=t.K, BF16=p.split, **p.common, **t.options,
     )  # fmt: skip
-    local, decay = segment_states(p, p.k, p.v, sums, False)
+    start = segment_starts(p, p.k, p.v, sums, s0, False)
     o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
     states = p.new(nb, p.H, p.K, p.V) if want_states else p.new(0)
     final = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_final else p.new(0)
@@ -186,9 +187,8 @@ def forward(
         final.copy_(s0) if s0 is not None else final.zero_()
     t = p.tiles.sweep
     forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
-        p.q, p.k, hi, sums, p.v, p.layout.segments, p.layout.bounds, s0, local, decay, o, states,
-        final, p.scale, p.H,
-        K=p.K, V=p.V, VB=t.V, INITIAL=s0 is not None, LOCAL=p.layout.split, STORE=want_states,
+        p.q, p.k, a, sums, p.v, p.layout.segments, start, o, states, final, p.scale, p.H,
+        K=p.K, V=p.V, VB=t.V, START=start is not None, CUT=p.layout.split, STORE=want_states,
         FINAL=want_final, **p.common, **t.options,
     )  # fmt: skip
     return o, final, states, parts
@@ -200,20 +200,20 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the decay's gradient and that of the initial state; each of the last two empty
     unless wanted."""
-    hi, lo, sums = parts
+    a, sums = parts
     nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
-    local, decay = segment_states(p, p.q, do, sums, True)
+    start = segment_starts(p, p.q, do, sums, dfinal, True)
     t = p.tiles.back
     dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
     ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
     if want_initial:
         ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
     backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
-        p.q, p.k, hi, lo, sums, do, p.layout.segments, p.layout.bounds, dfinal, local, decay, dv,
-        dstates, ds0, p.scale, p.H,
-        K=p.K, V=p.V, VB=t.V, FINAL=dfinal is not None, LOCAL=p.layout.split,
-        INITIAL=want_initial, SPLIT=p.split, **p.common, **t.options,
+        p.q, p.k, a, sums, do, p.layout.segments, start, dv, dstates, ds0, p.scale, p.H,
+        K=p.K, V=p.V, VB=t.V, START=start is not None, CUT=p.layout.split,
+        INITIAL=want_initial, **p.common, **t.options,
     )  # fmt: skip
+    del start
 
     t = p.tiles.score_gradient
     da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)

@@ -27,52 +27,41 @@ the first operand of another is what Triton 3.4 to 3.7.0 compiles wrongly on sm_
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_gla_forward import start_state
 from glactl.kernels.triton_scalar_forward import decays_between, gate_rows
+from glactl.kernels.triton_segments import this_walk
 
 
 @triton.jit
 def sweep_back(
-    q, k, a_hi, a_lo, sums, do, segments, bounds, dfinal, local, decay, dv, dstates, ds0, scale,
+    q, k, a, sums, do, segments, start, dv, dstates, ds0, scale,
     H,
     K: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
-    FINAL: tl.constexpr, LOCAL: tl.constexpr, INITIAL: tl.constexpr,
-    SPLIT: tl.constexpr, PREC: tl.constexpr,
+    START: tl.constexpr, CUT: tl.constexpr, INITIAL: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """(1) over one segment and V tile, from its last chunk to its first."""
-    pid = tl.program_id(0).to(tl.int64)
-    NV: tl.constexpr = V // VB
-    head = (pid // NV) % H
-    seg = pid // (NV * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    """(1) over one segment and V tile, from its last chunk to its first.
+
+    start: D after the segments if CUT, else after the sequences. Grid segments * H * V / VB.
+    """
+    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, True)
+    if chunks == 0:
         return
-    block0 = tl.load(segments + 6 * seg)
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
-    seq = tl.load(segments + 6 * seg + 4)
-    seg0 = tl.load(segments + 6 * seg + 5)
     HQ = H * R
-    dtype = a_hi.dtype.element_ty
+    dtype = a.dtype.element_ty
     i = tl.arange(0, 64)
     kk = tl.arange(0, K)
-    vv = (pid % NV) * VB + tl.arange(0, VB)
+    vv = tile * VB + tl.arange(0, VB)
     at_S = kk[:, None] * V + vv[None, :]
     at_a = i[:, None] * 64 + i[None, :]
     at_q, at_k = i[:, None] * (HQ * K) + kk[None, :], i[:, None] * (H * K) + kk[None, :]
     at_v, at_do = i[:, None] * (H * V) + vv[None, :], i[:, None] * (HQ * V) + vv[None, :]
     D = tl.zeros((K, VB), tl.float32)
-    if FINAL:
-        D += tl.load(dfinal + (seq * H + head) * (K * V) + at_S)
-    if LOCAL:
-        seg_end = seg0 + tl.load(bounds + 2 * seq + 1)
-        D = start_state(D, local, decay, head, seg + 1, seg_end, H, kk, vv, K, V, True)
-    chunks = (count * 2).to(tl.int32)
+    if START:
+        D += tl.load(start + ((seg if CUT else seq) * H + head) * (K * V) + at_S)
     for n in range(chunks):
         t = chunks - 1 - n
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < row_end - row)[:, None]
+        live = (i < rows - t * 64)[:, None]
         at = sums + (chunk * H + head) * 128
         Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0).to(dtype)
         into = scale * tl.exp(tl.load(at + i))[:, None]
@@ -87,15 +76,12 @@ def sweep_back(
             hq = head * R + r
             Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0).to(dtype)
             E = tl.load(do + (row * HQ + hq) * V + at_do, mask=live, other=0.0).to(dtype)
-            A = tl.load(a_hi + (chunk * HQ + hq) * (64 * 64) + at_a)
+            A = tl.load(a + (chunk * HQ + hq) * (64 * 64) + at_a)
             dV = tl.dot(tl.trans(A), E, dV, input_precision=PREC)
-            if SPLIT:
-                A = tl.load(a_lo + (chunk * HQ + hq) * (64 * 64) + at_a)
-                dV = tl.dot(tl.trans(A), E, dV, input_precision=PREC)
             E = (E.to(tl.float32) * into).to(dtype)
             D = tl.dot(tl.trans(Q), E, D, input_precision=PREC)
         tl.store(dv + (row * H + head) * V + at_v, dV, mask=live)
-    if INITIAL and seg == seg0:
+    if INITIAL and ends:
         tl.store(ds0 + (seq * H + head) * (K * V) + at_S, D)
 
 

@@ -25,7 +25,8 @@ Source: the scalar case of Yang et al., arXiv:2312.06635v6, in chunks.
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_gla_forward import start_state, store_scores
+from glactl.kernels.triton_gla_forward import store_scores
+from glactl.kernels.triton_segments import this_walk
 
 CLOSED = tl.constexpr(-128.0)  # stands for any lower decay: e^-128 is 0 in fp32
 
@@ -59,10 +60,10 @@ def decays_between(g, row, rows, head, H, N: tl.constexpr, GATE: tl.constexpr, d
 
 @triton.jit
 def scores(
-    q, k, g, blocks, a_hi, a_lo, sums, scale,
+    q, k, g, blocks, a, sums, scale,
     H,
     K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
-    SPLIT: tl.constexpr, BF16: tl.constexpr, PREC: tl.constexpr,
+    BF16: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """(2) of one chunk and query head, and P, X into sums (chunks, H, 2, 64); grid chunks * HQ."""
     pid = tl.program_id(0).to(tl.int64)
@@ -89,7 +90,7 @@ def scores(
     A *= scale
     if GATE != 0:
         A *= decays_between(g, row, rows, head, H, 64, GATE, dtype)
-    store_scores(A, a_hi + pid * 64 * 64, a_lo + pid * 64 * 64, SPLIT)
+    store_scores(A, a + pid * 64 * 64)
     if hq % R == 0:
         at = sums + (chunk * H + head) * 128 + i
         here = gate_rows(g, row, head, i, i < rows, H, GATE)
@@ -109,20 +110,14 @@ def local_states(
     D = e^Ge D + x^T (scale e^P y) with x = q, y = do, backwards.
 
     x, y: rows of (H R, K) and (H R, V). decay (segments, H, K): the decay over the segment, in K
-    copies, as `start_state` reads it. Grid segments * H * tiles.
+    copies, as `carry` reads it. Grid segments * H * tiles. The segment that ends the walk over a
+    sequence is left out: no other starts from it.
     """
-    pid = tl.program_id(0).to(tl.int64)
     NV: tl.constexpr = V // VB
     NK: tl.constexpr = K // KB
-    tile = pid % (NV * NK)
-    head = (pid // (NV * NK)) % H
-    seg = pid // (NV * NK * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    seg, _, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, NV * NK, REVERSE)
+    if (chunks == 0) | ends:
         return
-    first = tl.load(segments + 6 * seg) * 2
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float32
     i = tl.arange(0, 64)
     kk = (tile // NV) * KB + tl.arange(0, KB)
@@ -132,12 +127,11 @@ def local_states(
     at_y = i[:, None] * (HQ * V) + vv[None, :]
     S = tl.zeros((KB, VB), tl.float32)
     total = 0.0
-    chunks = (count * 2).to(tl.int32)
     for n in range(chunks):
         t = (chunks - 1 - n) if REVERSE else n
         row = row0 + t * 64
-        live = (i < row_end - row)[:, None]
-        at = sums + ((first + t) * H + head) * 128
+        live = (i < rows - t * 64)[:, None]
+        at = sums + ((block0 * 2 + t) * H + head) * 128
         end = tl.load(at + 63)
         factor = tl.exp(tl.load(at + i + (0 if REVERSE else 64)))
         if REVERSE:
@@ -159,44 +153,35 @@ def local_states(
 
 @triton.jit
 def sweep(
-    q, k, a, sums, v, segments, bounds, s0, local, decay, o, states, final, scale,
+    q, k, a, sums, v, segments, start, o, states, final, scale,
     H,
     K: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
-    INITIAL: tl.constexpr, LOCAL: tl.constexpr, STORE: tl.constexpr, FINAL: tl.constexpr,
+    START: tl.constexpr, CUT: tl.constexpr, STORE: tl.constexpr, FINAL: tl.constexpr,
     PREC: tl.constexpr,
 ):  # fmt: skip
-    """(3) of one segment and V tile; states at the first row of each block of 128."""
-    pid = tl.program_id(0).to(tl.int64)
-    NV: tl.constexpr = V // VB
-    head = (pid // NV) % H
-    seg = pid // (NV * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    """(3) of one segment and V tile; states at the first row of each block of 128.
+
+    start: states of the segments if CUT, else of the sequences. Grid segments * H * V / VB.
+    """
+    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, False)
+    if chunks == 0:
         return
-    block0 = tl.load(segments + 6 * seg)
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
-    seq = tl.load(segments + 6 * seg + 4)
-    seg0 = tl.load(segments + 6 * seg + 5)
     HQ = H * R
     dtype = a.dtype.element_ty
     i = tl.arange(0, 64)
     kk = tl.arange(0, K)
-    vv = (pid % NV) * VB + tl.arange(0, VB)
+    vv = tile * VB + tl.arange(0, VB)
     at_S = kk[:, None] * V + vv[None, :]
     at_a = i[:, None] * 64 + i[None, :]
     at_q, at_k = i[:, None] * (HQ * K) + kk[None, :], i[:, None] * (H * K) + kk[None, :]
     at_v, at_o = i[:, None] * (H * V) + vv[None, :], i[:, None] * (HQ * V) + vv[None, :]
     S = tl.zeros((K, VB), tl.float32)
-    if INITIAL:
-        S += tl.load(s0 + (seq * H + head) * (K * V) + at_S)
-    if LOCAL:
-        S = start_state(S, local, decay, head, seg0, seg, H, kk, vv, K, V, False)
-    chunks = (count * 2).to(tl.int32)
+    if START:
+        S += tl.load(start + ((seg if CUT else seq) * H + head) * (K * V) + at_S)
     for t in range(chunks):
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < row_end - row)[:, None]
+        live = (i < rows - t * 64)[:, None]
         at = sums + (chunk * H + head) * 128
         W = tl.load(v + (row * H + head) * V + at_v, mask=live, other=0.0).to(dtype)
         Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0).to(dtype)
@@ -215,5 +200,5 @@ def sweep(
             W = (W.to(tl.float32) * tl.exp(tl.load(at + 64 + i))[:, None]).to(dtype)
             S *= tl.exp(tl.load(at + 63))
         S = tl.dot(tl.trans(Y), W, S, input_precision=PREC)  # (4)
-    if FINAL and seg + 1 == tl.load(bounds + 2 * seq) + tl.load(bounds + 2 * seq + 1):
+    if FINAL and ends:
         tl.store(final + (seq * H + head) * (K * V) + at_S, S)

@@ -44,10 +44,7 @@ def _(
         q.new_empty((n, H, K, V) if want_states else (0,), dtype=dtype),
     ]
     if want_states:
-        out += [
-            q.new_empty(s, dtype=d)
-            for s, d in triton_scalar.saved_shapes(n, H, HQ, dtype, want_states)
-        ]
+        out += [q.new_empty(s, dtype=d) for s, d in triton_scalar.saved_shapes(n, H, HQ, dtype)]
     return out
 
 

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState
 
 
@@ -72,8 +73,8 @@ class Sampler:
             p[:, self.sampling.top_k :] = 0  # (1)
         before = p.cumsum(-1) - p
         p = p.where(before < self.sampling.top_p * p.sum(-1, keepdim=True), 0)  # (2)
-        u = torch.tensor([[self._random[r].random()] for r in rows], dtype=p.dtype).to(p.device)
-        total = p.cumsum(-1)
+        u = torch.tensor([[self._random[r].random()] for r in rows], dtype=p.dtype)
+        total, u = p.cumsum(-1), to_device(u, p.device)
         j = torch.searchsorted(total, u * total[:, -1:], right=True)  # (3)
         kept = (p > 0).sum(-1, keepdim=True)  # u next to 1 may round up to the whole sum
         return token.gather(-1, j.minimum(kept - 1)).squeeze(-1)
@@ -99,12 +100,11 @@ def prefill(lm: LM, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, LMState]:
     if empty or not prompts:
         raise ValueError(f"prompt {empty[0]} is empty" if empty else "prompts is empty")
     device = lm.device
-    tokens = torch.tensor([[t for p in prompts for t in p]], device=device)
-    ends = torch.tensor([0, *(len(p) for p in prompts)], device=device).cumsum(0)
+    tokens = torch.tensor([[t for p in prompts for t in p]])
+    ends = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
     state = lm.initial_state(len(prompts), device=device)
-    hidden, state = lm.forward(tokens, state, cu_seqlens=ends)
-    assert state is not None
-    return hidden[0, ends[1:] - 1], state
+    hidden, state = lm.forward(to_device(tokens, device), state, cu_seqlens=ends)
+    return hidden[0, to_device(ends[1:] - 1, device)], state
 
 
 @torch.inference_mode()
@@ -131,7 +131,8 @@ def decode(
     Yields:
         (row, token) of all rows that made one, rows counted from 0; ends when no row is left.
 
-    Cost: one step of the rows still alive per token; softmax attention also reads its past.
+    Cost: one step of the rows still alive per token; softmax attention also reads its past. The
+    host waits for the device once a token, for the tokens that `stop` is asked about.
     """
     rows = list(range(hidden.shape[0]))
     made = 0
@@ -156,7 +157,7 @@ def _keep(
     alive: list[int], rows: list[int], of_rows: Tensor, state: LMState
 ) -> tuple[list[int], Tensor, LMState]:
     """What is left of a batch: its rows at the indices `alive`."""
-    index = torch.tensor(alive, device=of_rows.device, dtype=torch.int64)
+    index = to_device(torch.tensor(alive, dtype=torch.int64), of_rows.device)
     layers = [{name: part[index] for name, part in layer.items()} for layer in state.layers]
-    kept = LMState(layers=layers, position=state.position[index])
+    kept = LMState(layers, state.position[index], state.longest)
     return [rows[i] for i in alive], of_rows[index], kept

@@ -7,12 +7,22 @@
                p the token's place in its sequence                                     (3)
     ShortConv  y_t = x_t + sum_{j < width} w_j * x_{t-j}, x = 0 before a sequence      (4)
     GLU        y = W_down (act(W_gate x) * W_up x), act = silu (swiglu) or sigmoid     (5)
+    log gate   log a = log sigmoid(x) / normalizer                                     (6)
+    read-out   y = w * n(x) * silu(gate) or w * n(silu(x)), n(x) = x / sqrt(mean(x^2) + eps)  (7)
+
+(1), (6) and (7) are one function each: torch.compile fuses such a function into one kernel each
+way, and outside of a compiled region on a CUDA device `glactl.kernels.triton_edges` is that kernel.
+They are computed in fp32 at least, whatever the inputs and whatever autocast says.
+
+No function here waits for a GPU: values are looked at where they are on the CPU.
 
 Sources: (1) Zhang and Sennrich 2019, arXiv:1910.07467; (3) Su et al. 2021, arXiv:2104.09864, in
 the two-halves order of LLaMA; (5) Shazeer 2020, arXiv:2002.05202.
 """
 
+import importlib.util
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +68,21 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on `device`; a copy from the CPU to a GPU goes by pinned memory, and nothing waits for it.
+
+    Not for use in the capture of a CUDA graph, whose copies come from where x was then.
+    """
+    if device.type == "cuda" and x.device.type == "cpu" and x.numel():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of x may be looked at: on the CPU, and not while a graph is traced."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where each token of a (B, T) input belongs; all int64.
@@ -83,23 +108,79 @@ def layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> L
     return Layout(sequence, token - bounds[sequence], bounds[:-1], bounds.diff())
 
 
-def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) -> None:
-    """Raise ValueError unless tokens (B, T), cu_seqlens and so many states fit together."""
+def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) -> int:
+    """Check that tokens (B, T), cu_seqlens and so many states fit together.
+
+    Returns:
+        the most tokens that a sequence is given; where cu_seqlens is on a GPU, whose values are
+        not looked at, the bound T.
+
+    Raises:
+        ValueError: they do not. The values of cu_seqlens are checked on the CPU only.
+    """
     if tokens.ndim != 2:
         raise ValueError(f"tokens are {tuple(tokens.shape)}; allowed: two axes, (B, T)")
     N, T = tokens.shape
+    longest = T
     if cu_seqlens is not None:
         if N != 1 or cu_seqlens.ndim != 1 or len(cu_seqlens) == 0:
             raise ValueError(
                 f"cu_seqlens is {tuple(cu_seqlens.shape)} with tokens {tuple(tokens.shape)}; "
                 "allowed: (N + 1,) with tokens (1, T)"
             )
-        bounds = cu_seqlens.tolist()
-        if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
-            raise ValueError(f"cu_seqlens is {bounds}; allowed: from 0 to {T}, never falling")
-        N = len(bounds) - 1
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens is of {cu_seqlens.dtype}; allowed: int32 or int64")
+        N = len(cu_seqlens) - 1
+        if readable(cu_seqlens):
+            bounds = cu_seqlens.tolist()
+            if bounds[0] != 0 or bounds[-1] != T or bounds != sorted(bounds):
+                raise ValueError(f"cu_seqlens is {bounds}; allowed: from 0 to {T}, never falling")
+            longest = max((b - a for a, b in pairwise(bounds)), default=0)
     if states not in (None, N):
         raise ValueError(f"state is of {states} sequences; allowed: {N}, as many as are read")
+    return longest
+
+
+def _launches(x: Tensor) -> bool:
+    """Whether (1), (6) and (7) run as kernels of ours: on a GPU, where no compiler fuses them."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    return x.numel() > 0 and importlib.util.find_spec("triton") is not None
+
+
+def log_gate(x: Tensor, normalizer: float) -> Tensor:
+    """(6) of logits x, in fp32 or wider; in [-inf, 0]."""
+    if _launches(x):
+        from glactl.kernels.triton_edges import log_gate_triton
+
+        return log_gate_triton(x, normalizer)
+    return F.logsigmoid(x.to(wide(x.dtype))) / normalizer  # (6)
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, gate: Tensor | None = None, swish: bool = False
+) -> Tensor:
+    """(1), or (7) with a gate or with swish.
+
+    Args:
+        x: (..., d).
+        weight: (d,).
+        eps: added to the mean square, more than 0.
+        gate: of x's shape, whose silu multiplies the result; None: 1.
+        swish: whether silu(x) stands in the place of x.
+
+    Returns:
+        y like x, computed in fp32 or wider and rounded once.
+    """
+    if _launches(x):
+        from glactl.kernels.triton_edges import WIDEST, rms_norm_triton
+
+        if x.shape[-1] <= WIDEST:
+            return rms_norm_triton(x, weight, eps, gate, swish)
+    dtype = wide(x.dtype)
+    s = F.silu(x.to(dtype)) if swish else x.to(dtype)
+    y = F.rms_norm(s, weight.shape, weight.to(dtype), eps)  # (1)
+    return (y if gate is None else y * F.silu(gate.to(dtype))).to(x.dtype)  # (7)
 
 
 class RMSNorm(nn.Module):
@@ -110,10 +191,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., d) -> (..., d), in x's dtype."""
-        w = self.weight.to(wide(x.dtype))
-        return F.rms_norm(x.to(w.dtype), w.shape, w, self.eps).to(x.dtype)  # (1)
+    def forward(self, x: Tensor, gate: Tensor | None = None, swish: bool = False) -> Tensor:
+        """(..., d) -> (..., d), in x's dtype; gate and swish as of `rms_norm`."""
+        return rms_norm(x, self.weight, self.eps, gate, swish)
 
 
 class LayerNorm(nn.Module):

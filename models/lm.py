@@ -12,11 +12,10 @@ holds all that later tokens need: a text read in pieces, or token by token, give
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from glactl.models.layers import (
@@ -26,87 +25,13 @@ from glactl.models.layers import (
     ShortConv,
     State,
     check_layout,
-    glu_hidden,
     layout,
+    readable,
+    to_device,
     wide,
 )
+from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
-from glactl.models.mixers.gla import GLA
-from glactl.models.spec import Spec
-
-
-class LMSpec(Spec):
-    """Shapes and kinds of a language model.
-
-    mixer is one for all layers, or a list that is repeated over them. ffn is the channel mixer,
-    ffn_hidden its inner width (None: about 8/3 d_model). positions: rope turns the queries and
-    keys of attention and touches no other mixer; learned adds a table of max_len rows to the
-    embeddings. embedding_scale multiplies the token embeddings. short_conv is the width of a causal
-    depthwise convolution in front of every mixer. vocab_size None is filled in from the data.
-    """
-
-    d_model: int = Field(128, ge=1)
-    n_layers: int = Field(4, ge=1)
-    mixer: MixerSpec | Annotated[list[MixerSpec], Field(min_length=1)] = GLA.Spec()
-    vocab_size: int | None = Field(None, ge=1)
-    ffn: Literal["swiglu", "glu", "none"] = "swiglu"
-    ffn_hidden: int | None = Field(None, ge=1)
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_eps: float = Field(1e-6, gt=0)
-    positions: Literal["rope", "learned", "none"] = "rope"
-    max_len: int | None = Field(None, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    embed_dropout: float = Field(0.0, ge=0, lt=1)
-    tie_embeddings: bool = False
-    embedding_scale: float = Field(1.0, gt=0)
-    init_std: float | None = Field(None, gt=0)
-    short_conv: int | None = Field(None, ge=2)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        cycle = self.mixer if isinstance(self.mixer, list) else [self.mixer]
-        if self.n_layers % len(cycle):
-            raise ValueError(
-                f"n_layers {self.n_layers} is not a multiple of the {len(cycle)} mixers listed"
-            )
-        for mixer in cycle:
-            try:
-                mixer.check(self.d_model, self.rope)
-            except ValueError as error:
-                raise ValueError(f"mixer {mixer.kind}: {error}") from None
-        if self.positions == "learned" and self.max_len is None:
-            raise ValueError("positions learned needs max_len, the number of positions")
-        if self.ffn == "none" and self.ffn_hidden is not None:
-            raise ValueError(f"ffn_hidden is {self.ffn_hidden}, but ffn is none")
-        return self
-
-    @property
-    def rope(self) -> bool:
-        """Whether attention turns its queries and keys."""
-        return self.positions == "rope"
-
-    @property
-    def mixers(self) -> list[MixerSpec]:
-        """The mixer of every layer."""
-        cycle = self.mixer if isinstance(self.mixer, list) else [self.mixer]
-        return cycle * (self.n_layers // len(cycle))
-
-    @property
-    def hidden(self) -> int:
-        """The inner width of the channel mixer, 0 where there is none."""
-        return 0 if self.ffn == "none" else self.ffn_hidden or glu_hidden(self.d_model)
-
-    @property
-    def std(self) -> float:
-        """The standard deviation of fresh weights."""
-        return self.init_std or min(0.08, self.d_model**-0.5)
-
-    @property
-    def vocab(self) -> int:
-        """vocab_size. Raises ValueError where it is not known yet."""
-        if self.vocab_size is None:
-            raise ValueError("vocab_size is not set; a model needs the number of its tokens")
-        return self.vocab_size
 
 
 @dataclass
@@ -114,11 +39,12 @@ class LMState:
     """What N sequences need to go on.
 
     layers holds the tensors of each layer, all (N, ...); position (N,) int64 counts the tokens
-    that each sequence has read.
+    that each sequence has read, and longest, which the host knows, is at least its largest entry.
     """
 
     layers: list[State]
     position: Tensor
+    longest: int
 
 
 class Block(nn.Module):
@@ -134,28 +60,28 @@ class Block(nn.Module):
         self.ffn = GLU(d, spec.hidden, spec.ffn) if spec.hidden else None
         self.dropout = nn.Dropout(spec.dropout)
 
-    def initial_state(self, N: int, device: torch.device) -> State:
+    def initial_state(self, N: int, device: torch.device, capacity: int) -> State:
         """The state of N sequences that have not begun."""
         conv = {} if self.conv is None else self.conv.initial_state(N, device)
-        return self.mixer.initial_state(N, device) | conv
+        return self.mixer.initial_state(N, device, capacity) | conv
 
     def forward(
-        self, h: Tensor, state: State | None, cu_seqlens: Tensor | None
+        self, h: Tensor, state: State | None, cu_seqlens: Tensor | None, longest: int
     ) -> tuple[Tensor, State | None]:
         """(B, T, d) -> (B, T, d), and the state after where one went in."""
         x, after = self.norm(h), None
         if self.conv is not None:
             x, after = self.conv(x, state, cu_seqlens)
-        y, mixed = self.mixer(x, state, cu_seqlens)
+        y, mixed = self.mixer(x, state, cu_seqlens, longest)
         h = self._channels(h + self.dropout(y))
         return h, None if mixed is None else mixed | (after or {})
 
-    def step(self, h: Tensor, state: State) -> Tensor:
+    def step(self, h: Tensor, state: State, longest: int) -> Tensor:
         """(N, d) -> (N, d); `state` is updated in place."""
         x = self.norm(h)
         if self.conv is not None:
             x = self.conv.step(x, state)
-        return self._channels(h + self.dropout(self.mixer.step(x, state)))
+        return self._channels(h + self.dropout(self.mixer.step(x, state, longest)))
 
     def _channels(self, h: Tensor) -> Tensor:
         if self.ffn is None or self.ffn_norm is None:
@@ -186,11 +112,20 @@ class LM(nn.Module):
         """Where the weights are."""
         return self.head.weight.device
 
-    def initial_state(self, N: int, device: torch.device | str | None = None) -> LMState:
-        """The state of N sequences that have not begun; device None: the weights'."""
+    def initial_state(
+        self, N: int, device: torch.device | str | None = None, capacity: int = 0
+    ) -> LMState:
+        """The state of N sequences that have not begun.
+
+        Args:
+            N: sequences, 0 or more.
+            device: None: the weights'.
+            capacity: tokens of each sequence that softmax attention has room for from the start,
+                so that a captured `step` may be replayed so often; more tokens copy the state.
+        """
         where = self.device if device is None else torch.device(device)
-        layers = [block.initial_state(N, where) for block in self._blocks()]
-        return LMState(layers, torch.zeros(N, device=where, dtype=torch.int64))
+        layers = [block.initial_state(N, where, capacity) for block in self._blocks()]
+        return LMState(layers, torch.zeros(N, device=where, dtype=torch.int64), 0)
 
     @overload
     def forward(
@@ -210,28 +145,41 @@ class LM(nn.Module):
             state: of the N sequences so far, which is left as it is; None: they begin here.
             cu_seqlens: (N + 1,) int32 or int64, from 0 to T and never falling: N sequences, which
                 may be empty, packed into one row (B = 1). None: every row is a sequence (N = B).
+                On the CPU its values are checked, and it is copied to the device; on a GPU only
+                type and shape are, and T stands for the length of the longest sequence.
 
         Returns:
             hidden (B, T, d_model), and the state after, None where none went in.
 
         Raises:
             ValueError: shapes or bounds that do not fit together, or more tokens than max_len
-                where positions are learned.
+                where positions are learned (on a GPU: in a row that begins there).
+
+        Nothing waits for a GPU, and all but a copy of cu_seqlens can be captured in a CUDA graph.
+        Under autocast the residual, norms, gates and states are as wide as without it, and
+        products are of autocast's type.
         """
-        check_layout(tokens, None if state is None else len(state.position), cu_seqlens)
+        longest = check_layout(tokens, None if state is None else len(state.position), cu_seqlens)
+        if state is not None:
+            longest += state.longest
         B, T = tokens.shape
+        if cu_seqlens is not None:
+            cu_seqlens = to_device(cu_seqlens, tokens.device)
         h = self.embed(tokens) * self.spec.embedding_scale
         at = layout(B, T, cu_seqlens, tokens.device)
         if self.positions is not None:
             place = at.place if state is None else at.place + state.position[at.sequence]
-            h = h + self._position(place).view_as(h)
+            h = h + self._position(place, 0 if cu_seqlens is not None else T).view_as(h)
         h = self.dropout(h)  # (1)
         layers: list[State] = []
         for i, block in enumerate(self._blocks()):
-            h, after = block(h, None if state is None else state.layers[i], cu_seqlens)  # (2)
+            before = None if state is None else state.layers[i]
+            h, after = block(h, before, cu_seqlens, longest)  # (2)
             if after is not None:
                 layers.append(after)
-        return self.norm(h), None if state is None else LMState(layers, state.position + at.length)
+        if state is None:
+            return self.norm(h), None
+        return self.norm(h), LMState(layers, state.position + at.length, longest)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: LMState) -> Tensor:
@@ -246,6 +194,9 @@ class LM(nn.Module):
 
         Raises:
             ValueError: as of `forward`.
+
+        Nothing waits for a GPU. A CUDA graph of it replays in place on the same state, which needs
+        a capacity for all tokens to come where attention has no window.
         """
         if tokens.shape != state.position.shape:
             raise ValueError(
@@ -254,11 +205,12 @@ class LM(nn.Module):
             )
         h = self.embed(tokens) * self.spec.embedding_scale
         if self.positions is not None:
-            h = h + self._position(state.position)
+            h = h + self._position(state.position, 1)
         h = self.dropout(h)  # (1)
         for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h = block.step(h, layer)  # (2)
+            h = block.step(h, layer, state.longest + 1)  # (2)
         state.position += 1
+        state.longest += 1
         hidden: Tensor = self.norm(h)
         return hidden
 
@@ -270,13 +222,14 @@ class LM(nn.Module):
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
 
-    def _position(self, place: Tensor) -> Tensor:
+    def _position(self, place: Tensor, least: int) -> Tensor:
+        """Embeddings of these places, of which some sequence is known to have `least`."""
         assert self.positions is not None
         most = self.positions.num_embeddings
-        if place.numel() and int(place.max()) >= most:
-            raise ValueError(
-                f"position {int(place.max()) + 1} is beyond the model's max_len {most}"
-            )
+        if readable(place) and place.numel():
+            least = int(place.max()) + 1
+        if least > most:
+            raise ValueError(f"position {least} is beyond the model's max_len {most}")
         p: Tensor = self.positions(place)
         return p
 
@@ -334,17 +287,22 @@ def token_losses(
     Args:
         lm: the model that hidden comes from.
         hidden: (..., d_model).
-        targets: (...) int64; what follows each token, below 0 where nothing is asked.
+        targets: (...) int64; what follows each token, below 0 where nothing is asked. On the CPU,
+            which is where they are made, a GPU is not waited for; on a GPU it is.
         correct: also tell whether a target is the most likely token.
 
     Returns:
         losses (n,) in nats, fp32 or wider, of the n targets of 0 or more in order; with `correct`
-        also (n,) bool.
+        also (n,) bool; on the device of hidden.
 
     Cost: logits, n * vocab_size, of the targets asked for alone.
     """
-    asked = targets >= 0
-    logits = lm.logits(hidden[asked])
-    wanted = targets[asked]
+    asked = (targets.flatten() >= 0).nonzero().squeeze(-1)
+    hidden, wanted = hidden.flatten(0, -2), targets.flatten()
+    if len(asked) < len(wanted):
+        hidden = hidden.index_select(0, to_device(asked, hidden.device))
+        wanted = wanted.index_select(0, asked)
+    wanted = to_device(wanted, hidden.device)
+    logits = lm.logits(hidden)
     losses = F.cross_entropy(logits.to(wide(logits.dtype)), wanted, reduction="none")
     return (losses, logits.argmax(-1) == wanted) if correct else losses

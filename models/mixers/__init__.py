@@ -8,9 +8,13 @@ A mixer is an nn.Module with a nested Spec. The spec has a `kind` of its own and
 
 and the module, for x (B, T, d) and a state that is a dict of tensors with the sequences first,
 
-    forward(x, state=None, cu_seqlens=None) -> (y, the state after | None)
-    step(x (N, d), state) -> y (N, d), with the state updated in place
-    initial_state(N, device) -> state
+    forward(x, state=None, cu_seqlens=None, longest=None) -> (y, the state after | None)
+    step(x (N, d), state, longest=None) -> y (N, d), with the state updated in place
+    initial_state(N, device, capacity=0) -> state
+
+longest, a number that the host knows, is at least the tokens of the longest sequence after the
+call; without it a mixer that wants it may wait for the device. capacity is the tokens that a state
+which grows has room for from the start.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias, get_args

@@ -12,10 +12,11 @@ and v, and each is read by heads / kv_heads heads of q.
 Source: LLaMA's attention, Touvron et al. 2023, arXiv:2302.13971; kv_heads: Ainslie et al. 2023,
 arXiv:2305.13245. (2) itself is torch's scaled_dot_product_attention.
 
-No mask is ever quadratic in more than a sequence: packed sequences are taken in groups whose
-lengths lie between two powers of two, each a padded batch, so there are few calls and at most four
-times the least work. With a window, queries are taken in blocks of that many, each with the keys
-of its block and of the window before it.
+No mask is ever quadratic in more than a sequence. Packed sequences on a GPU are one call of a fused
+kernel that reads their bounds on the device (`glactl.models.varlen`), so nothing waits for it. On
+the CPU they are taken in groups whose lengths lie between two powers of two, each a padded batch,
+so there are few calls and at most four times the least work. With a window, queries are taken in
+blocks of that many, each with the keys of its block and of the window before it.
 """
 
 from collections.abc import Iterator
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 
 from glactl.models import spec
 from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost, rotate
+from glactl.models.varlen import varlen
 
 GROWTH = 64  # tokens that a full state grows by, so that few steps copy it
 INT64 = 8  # bytes
@@ -38,9 +40,9 @@ class Attention(nn.Module):
     """Softmax attention; see the equations above.
 
     State: "k" and "v" (N, L, kv_heads, D) in the weights' dtype, keys already rotated, and "length"
-    (N,) int64, the tokens of each sequence so far. Without a window L grows with the longest
-    sequence, and token p is in row p. With one L = window at all times, and token p is in row
-    p % window until it is written over. Rows that hold no token are 0 and are never read.
+    (N,) int64, the tokens of each sequence so far. Without a window L is the capacity asked for and
+    grows with the longest sequence, and token p is in row p. With one L = window at all times, and
+    token p is in row p % window until it is written over. Rows without a token are never read.
     """
 
     class Spec(spec.Spec):
@@ -94,15 +96,19 @@ class Attention(nn.Module):
         self.v = nn.Linear(d_model, s.groups * self.D, bias=False)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def initial_state(self, N: int, device: torch.device) -> State:
-        """The state of N sequences that have not begun."""
-        size = (N, self.window or 0, self.groups, self.D)
+    def initial_state(self, N: int, device: torch.device, capacity: int = 0) -> State:
+        """The state of N sequences that have not begun, with room for `capacity` tokens of each."""
+        size = (N, self.window or capacity, self.groups, self.D)
         k = torch.zeros(size, device=device, dtype=self.k.weight.dtype)
         length = torch.zeros(N, device=device, dtype=torch.int64)
         return {"k": k, "v": torch.zeros_like(k), "length": length}
 
     def forward(
-        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix along time.
 
@@ -110,6 +116,8 @@ class Attention(nn.Module):
             x: (B, T, d).
             state: of the N sequences so far; None: they begin here.
             cu_seqlens: (N + 1,), the bounds of N sequences packed into one row (B = 1).
+            longest: at least the tokens of the longest sequence after this call; the state gets as
+                many rows. None: looked up, for which a GPU is waited for.
 
         Returns:
             y (B, T, d), and the state after, None where none went in.
@@ -120,28 +128,36 @@ class Attention(nn.Module):
         at = layout(B, T, cu_seqlens, x.device)
         place = at.place if state is None else at.place + state["length"][at.sequence]
         q, k, v = self._project(x, place.view(B, T))
+        if longest is None:
+            longest = _largest(at.length if state is None else at.length + state["length"])
         if cu_seqlens is None:
-            o = self._attend(q, k, v, self._past(state, None))
+            o = self._attend(q, k, v, self._past(state, None, longest - T))
+        elif x.device.type == "cpu" or q.dtype == torch.float64:
+            o = self._grouped(q[0], k[0], v[0], state, at, longest)[None]
         else:
-            o = self._packed(q[0], k[0], v[0], state, at)[None]
+            past = self._past(state, None, longest)
+            o = varlen(q[0], k[0], v[0], past, at, longest, self.window)[None]  # (2)
         y: Tensor = self.out(o.flatten(-2))  # (3)
-        return y, None if state is None else self._append(state, k, v, at, place)
+        return y, None if state is None else self._append(state, k, v, at, place, longest)
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place.
 
-        Cost: O(L d); a state without a window is copied once in 64 steps, to grow.
+        `longest` is as of `forward`. Cost: O(L d); a state without a window that is full is copied
+        once in 64 steps, to grow.
         """
         length = state["length"]
         q, k, v = self._project(x, length)
         row = length
         if self.window is not None:
             row = length % self.window
-        elif len(length) and int(length.max()) == state["k"].shape[1]:
-            for name in ("k", "v"):
-                state[name] = F.pad(state[name], (0, 0, 0, 0, 0, GROWTH))
+        else:
+            need = (_largest(length) + 1 if longest is None else longest) - state["k"].shape[1]
+            for name in ("k", "v") if need > 0 else ():
+                state[name] = F.pad(state[name], (0, 0, 0, 0, 0, max(GROWTH, need)))
         n = torch.arange(len(length), device=x.device)
-        state["k"][n, row], state["v"][n, row] = k, v
+        for name, new in (("k", k), ("v", v)):  # autocast makes them of another type
+            state[name][n, row] = new.to(state[name].dtype)
         length += 1
         held = torch.arange(state["k"].shape[1], device=x.device) < length[:, None]
         o = self._sdpa(q[:, None], state["k"], state["v"], held[:, None])  # (2)
@@ -155,32 +171,35 @@ class Attention(nn.Module):
             q, k = rotate(q, place, self.theta), rotate(k, place, self.theta)  # (1)
         return q, k, v
 
-    def _packed(self, q: Tensor, k: Tensor, v: Tensor, state: State | None, at: Layout) -> Tensor:
+    def _grouped(
+        self, q: Tensor, k: Tensor, v: Tensor, state: State | None, at: Layout, longest: int
+    ) -> Tensor:
         """(2) for sequences end to end: q (M, heads, D), k and v (M, kv_heads, D)."""
         made, order = [q[:0]], [at.sequence[:0]]
-        for rows, longest in _groups(at.length):
-            token = torch.arange(longest, device=q.device)
+        for rows, most in _groups(at.length):
+            token = torch.arange(most, device=q.device)
             inside = token < at.length[rows, None]
             # past a sequence's end stands some token: causality keeps it from the real ones
             index = (at.start[rows, None] + token).clamp(max=len(q) - 1)
-            o = self._attend(q[index], k[index], v[index], self._past(state, rows))
+            o = self._attend(q[index], k[index], v[index], self._past(state, rows, longest))
             made.append(o[inside])
             order.append(index[inside])
         return torch.empty_like(q).index_copy(0, torch.cat(order), torch.cat(made))
 
     def _past(
-        self, state: State | None, rows: Tensor | None
+        self, state: State | None, rows: Tensor | None, held: int
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """Keys and values before a forward pass, (n, L, kv_heads, D), in order, and which count.
 
-        None where there are none; with a window the last `window` tokens end at the last row.
+        No sequence holds more than `held` tokens. None where there are none; with a window the
+        last `window` tokens end at the last row.
         """
-        if state is None or state["k"].shape[1] == 0:
+        if state is None or state["k"].shape[1] == 0 or held <= 0:
             return None
         k, v, length = (state[name] if rows is None else state[name][rows] for name in STATE)
         row = torch.arange(k.shape[1], device=k.device)
         if self.window is None:
-            return k, v, row < length[:, None]
+            return k[:, :held], v[:, :held], row[:held] < length[:, None]
         place = length[:, None] - self.window + row
         n = torch.arange(len(k), device=k.device)[:, None]
         return k[n, place % self.window], v[n, place % self.window], place >= 0
@@ -198,7 +217,8 @@ class Attention(nn.Module):
             return self._sdpa(q, k, v, None)
         causal = torch.ones(t, t, device=q.device, dtype=torch.bool).tril().expand(n, t, t)
         mask = torch.cat([past[2][:, None].expand(n, t, -1), causal], -1)
-        return self._sdpa(q, torch.cat([past[0], k], 1), torch.cat([past[1], v], 1), mask)
+        k, v = (torch.cat([old.to(k.dtype), x], 1) for old, x in ((past[0], k), (past[1], v)))
+        return self._sdpa(q, k, v, mask)
 
     def _blocks(
         self,
@@ -219,7 +239,7 @@ class Attention(nn.Module):
         blocks = q.shape[1] // C
         q = q.unflatten(1, (blocks, C)).flatten(0, 1)
         k, v = (
-            torch.cat([old, new], 1).unfold(1, W + C, C).flatten(0, 1).movedim(-1, 1)
+            torch.cat([old.to(new.dtype), new], 1).unfold(1, W + C, C).flatten(0, 1).movedim(-1, 1)
             for old, new in ((past[0], k), (past[1], v))
         )
         count = count.unfold(1, W + C, C).flatten(0, 1)
@@ -240,22 +260,29 @@ class Attention(nn.Module):
         )
         return o.transpose(1, 2)
 
-    def _append(self, state: State, k: Tensor, v: Tensor, at: Layout, place: Tensor) -> State:
+    def _append(
+        self, state: State, k: Tensor, v: Tensor, at: Layout, place: Tensor, longest: int
+    ) -> State:
         """The state after new keys and values (B, T, kv_heads, D) at `place` (B * T,)."""
         length = state["length"] + at.length
-        row, sequence = place, at.sequence
-        old, new = {"k": state["k"], "v": state["v"]}, {"k": k.flatten(0, 1), "v": v.flatten(0, 1)}
+        L, row = state["k"].shape[1], place
         if self.window is None:
-            longest = int(length.max()) if len(length) else 0
-            missing = max(longest - state["k"].shape[1], 0)
-            old = {name: F.pad(x, (0, 0, 0, 0, 0, missing)) for name, x in old.items()}
+            more = max(longest - L, 0)
         else:
-            # only what stays, so that no row is written twice
-            kept = place >= (length - self.window)[sequence]
-            row, sequence = place[kept] % self.window, sequence[kept]
-            new = {name: x[kept] for name, x in new.items()}
-        after = {name: old[name].index_put((sequence, row), new[name]) for name in old}
+            # what does not stay goes to a row of its own, so that no other is written twice
+            kept = place >= (length - self.window)[at.sequence]
+            row, more = torch.where(kept, place % self.window, self.window), 1
+        after = {}
+        for name, new in (("k", k), ("v", v)):
+            old = F.pad(state[name], (0, 0, 0, 0, 0, more))
+            new = new.flatten(0, 1).to(old.dtype)
+            after[name] = old.index_put((at.sequence, row), new)[:, : self.window]
         return {**after, "length": length}
+
+
+def _largest(length: Tensor) -> int:
+    """The largest length, 0 of none; waits for the device."""
+    return int(length.max()) if len(length) else 0
 
 
 def _groups(length: Tensor) -> Iterator[tuple[Tensor, int]]:

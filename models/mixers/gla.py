@@ -23,9 +23,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from glactl.kernels import gla, gla_step
+from glactl.kernels import gla_step
+from glactl.kernels.compiled import gla
 from glactl.models import spec
-from glactl.models.layers import FP32, Cost, RMSNorm, State, linear_cost, wide
+from glactl.models.layers import FP32, Cost, RMSNorm, State, linear_cost, log_gate, wide
 
 CHUNK = 64  # tokens that the chunked form takes at once
 
@@ -111,13 +112,17 @@ class GLA(nn.Module):
         self.norm = RMSNorm(V, eps)
         self.out = nn.Linear(s.heads * V, d_model, bias=False)
 
-    def initial_state(self, N: int, device: torch.device) -> State:
+    def initial_state(self, N: int, device: torch.device, capacity: int = 0) -> State:
         """The state of N sequences that have not begun."""
         dtype = wide(self.q.weight.dtype)
         return {"s": torch.zeros(N, self.groups, *self.widths, device=device, dtype=dtype)}
 
     def forward(
-        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix along time.
 
@@ -125,23 +130,18 @@ class GLA(nn.Module):
             x: (B, T, d).
             state: of the N sequences so far; None: they begin here.
             cu_seqlens: (N + 1,), the bounds of N sequences packed into one row (B = 1).
+            longest: of no use to this layer.
 
         Returns:
             y (B, T, d), and the state after, None where none went in.
         """
         q, k, v, a = self._project(x)
-        o, last = gla(
-            q,
-            k,
-            v,
-            gk=a,
-            initial_state=None if state is None else state["s"],
-            output_final_state=state is not None,
-            cu_seqlens=cu_seqlens,
-        )  # (3)
-        return self._read(o, x), None if last is None else {"s": last}
+        initial = None if state is None else state["s"]
+        o, last = gla(q, k, v, a, initial, state is not None, cu_seqlens)  # (3)
+        # a step writes in place, and an engine that pads its widths returns a view
+        return self._read(o, x), None if last is None else {"s": last.contiguous()}
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place."""
         q, k, v, a = self._project(x)
         return self._read(gla_step(q, k, v, state["s"], gk=a), x)  # (3)
@@ -155,13 +155,11 @@ class GLA(nn.Module):
         )
         if self.features is not None:
             q, k = self.features(q), self.features(k)  # (1)
-        return q, k, v, F.logsigmoid(a.to(wide(a.dtype))) / self.normalizer  # (2)
+        return q, k, v, log_gate(a, self.normalizer)  # (2)
 
     def _read(self, o: Tensor, x: Tensor) -> Tensor:
-        o = self.norm(o).flatten(-2)
-        if self.r is not None:
-            o = o * F.silu(self.r(x))
-        y: Tensor = self.out(o)  # (4)
+        gate = None if self.r is None else self.r(x).view_as(o)
+        y: Tensor = self.out(self.norm(o, gate).flatten(-2))  # (4)
         return y
 
 

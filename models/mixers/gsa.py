@@ -24,9 +24,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from glactl.kernels import gsa, gsa_step
+from glactl.kernels import gsa_step
+from glactl.kernels.compiled import gsa
 from glactl.models import spec
-from glactl.models.layers import Cost, RMSNorm, State, linear_cost, wide
+from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate, wide
 from glactl.models.mixers.gla import mixing_cost
 
 
@@ -79,7 +80,7 @@ class GSA(nn.Module):
         self.norm = RMSNorm(d_model, eps)
         self.out = nn.Linear(d_model, d_model, bias=False)
 
-    def initial_state(self, N: int, device: torch.device) -> State:
+    def initial_state(self, N: int, device: torch.device, capacity: int = 0) -> State:
         """The state of N sequences that have not begun."""
         k = torch.zeros(
             N, self.groups, self.D, self.slots, device=device, dtype=wide(self.q.weight.dtype)
@@ -87,7 +88,11 @@ class GSA(nn.Module):
         return {"k": k, "v": torch.zeros_like(k.mT)}
 
     def forward(
-        self, x: Tensor, state: State | None = None, cu_seqlens: Tensor | None = None
+        self,
+        x: Tensor,
+        state: State | None = None,
+        cu_seqlens: Tensor | None = None,
+        longest: int | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix along time.
 
@@ -95,24 +100,20 @@ class GSA(nn.Module):
             x: (B, T, d).
             state: of the N sequences so far; None: they begin here.
             cu_seqlens: (N + 1,), the bounds of N sequences packed into one row (B = 1).
+            longest: of no use to this layer.
 
         Returns:
             y (B, T, d), and the state after, None where none went in.
         """
         q, k, v, a = self._project(x)
-        o, last = gsa(
-            q,
-            k,
-            v,
-            None,  # the write strength 1 - a
-            a,
-            initial_state=None if state is None else (state["k"], state["v"]),
-            output_final_state=state is not None,
-            cu_seqlens=cu_seqlens,
-        )  # (3)
-        return self._read(o), None if last is None else {"k": last[0], "v": last[1]}
+        initial = None if state is None else (state["k"], state["v"])
+        o, last = gsa(q, k, v, a, initial, state is not None, cu_seqlens)  # (3)
+        if last is None:
+            return self._read(o), None
+        # a step writes in place, and an engine that pads its widths returns views
+        return self._read(o), {"k": last[0].contiguous(), "v": last[1].contiguous()}
 
-    def step(self, x: Tensor, state: State) -> Tensor:
+    def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place."""
         q, k, v, a = self._project(x)
         return self._read(gsa_step(q, k, v, None, a, (state["k"], state["v"])))  # (3)
@@ -124,8 +125,8 @@ class GSA(nn.Module):
             part.unflatten(-1, (self.groups, -1))
             for part in (F.silu(self.k(x)), F.silu(self.v(x)), self.gate(x))  # (1)
         )
-        return q, k, v, F.logsigmoid(a.to(wide(a.dtype))) / self.normalizer  # (2)
+        return q, k, v, log_gate(a, self.normalizer)  # (2)
 
     def _read(self, o: Tensor) -> Tensor:
-        y: Tensor = self.out(self.norm(F.silu(o.flatten(-2))))  # (4)
+        y: Tensor = self.out(self.norm(o.flatten(-2), swish=True))  # (4)
         return y

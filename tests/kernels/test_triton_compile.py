@@ -71,18 +71,18 @@ print(json.dumps([compile_for(cc, *x) for x in launches]))
 # Of each engine: the modules with its kernels, the calls that launch them, the kernels.
 ENGINES = {
     "key": (
-        "triton_gla_forward,triton_gla_backward",
+        "triton_gla_forward,triton_gla_backward,triton_gla_strong,triton_segments",
         """
 from glactl.kernels import triton_gla as engine
 p = engine.plan(q, k, v, g, 1.0, None)
 o, final, states, parts = engine.forward(p, None, False, True)
 engine.backward(p, o, None, states, parts, False)
 """,
-        "prepare prepare_exact local_states sweep sweep_back score_gradient state_gradients "
+        "prepare prepare_exact local_states carry sweep sweep_back state_gradients "
         "gradients gradients_exact",
     ),
     "scalar": (
-        "triton_scalar_forward,triton_scalar_backward",
+        "triton_scalar_forward,triton_scalar_backward,triton_segments",
         """
 from glactl.kernels import triton_scalar as engine
 for decay in (None, g[..., 0].contiguous()):
@@ -90,7 +90,7 @@ for decay in (None, g[..., 0].contiguous()):
     o, final, states, parts = engine.forward(p, None, False, True)
     engine.backward(p, o, None, states, parts, decay is not None, False)
 """,
-        "scores local_states sweep sweep_back score_gradient gradients gate_gradient",
+        "scores local_states carry sweep sweep_back score_gradient gradients gate_gradient",
     ),
     "slots": (
         "triton_gsa_forward,triton_gsa_backward",
@@ -117,14 +117,14 @@ for N in (1, 64):
     ),
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have
-# gradients_exact keeps seven levels' operands and has 255 registers a thread: it spills, and runs
-# only for blocks beyond the safe range. The sweep of K = 256 with 4 warps spills and is still
+# gradients_exact has 255 registers a thread and spills 88 bytes between its products; it runs only
+# for tiles beyond the safe range. The sweep of K = 256 with 4 warps spills and is still
 # faster on an H100 (0.43 ms) than 8 warps without (0.48); `sweep_back` alike (0.54, 0.57).
-# `gradients` spills 20 bytes on sm_80 only, and has not been timed there.
+# `gradients` spills 20 bytes and `prepare_exact` 900 on sm_80 only, and have not been timed there.
 MAY_SPILL = {
     ("key", name, cc) for name in ("gradients_exact", "sweep", "sweep_back") for cc in SHARED
 }
-MAY_SPILL.add(("key", "gradients", 80))
+MAY_SPILL |= {("key", name, 80) for name in ("gradients", "prepare_exact")}
 # The scalar engine is not timed on sm_80, where its walks spill. Where a decay wants its gradient,
 # `score_gradient` and `gradients` spill 12 and 112 bytes after their loops, at the
 # 128 registers a thread that let two blocks share a multiprocessor.

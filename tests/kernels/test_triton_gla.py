@@ -11,7 +11,7 @@ from oracle import assert_equal_sums as _close
 from torch import Tensor
 
 pytest.importorskip("triton")
-from glactl.kernels import triton_gla
+from glactl.kernels import triton_gla, triton_gla_strong
 from glactl.kernels.triton_gla_op import _forward, gla_key
 
 pytestmark = pytest.mark.skipif(
@@ -63,8 +63,8 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-# Mild gates (48) carry the state across blocks; 1 passes the fp32 range of one product and takes
-# the halving; 0.1, mixed and closed have gates whose exponential is 0.
+# Mild gates (48) carry the state across blocks; 1 passes the fp32 range of one product in 32 rows;
+# 0.1, mixed and closed have gates whose exponential is 0.
 CASES = [
     (1, 1, 1, 1, 16, 16, 48.0),
     (2, 65, 1, 1, 16, 16, 48.0),
@@ -83,15 +83,52 @@ def test_fp32_matches_the_fp64_recurrence(case) -> None:
     assert_as_good_as_recurrence(*inputs(*case, torch.float32), torch.float32)
 
 
+# Normaliser of each quarter of the channels, and the ways that triton_gla_strong.py must then take.
+# 32 rows decay by 26 over the normaliser, and fp32 operands allow 16.
+MIDDLE, EXACT = {"prefix_sums 64", "products"}, {"sibling_sums 64", "sibling_sums 128"}
+WAYS = [
+    ((48.0,), 1, set()),
+    ((5.0,), 1, {"products"}),  # blocks beyond the range of chunks within it
+    ((2.5,), 2, MIDDLE),
+    ((1.0,), 2, EXACT),
+    ((48.0, 2.5, 48.0, 48.0), 1, MIDDLE),
+    ((48.0, 2.5, 0.1, 48.0), 2, MIDDLE | EXACT),
+]
+
+
+@pytest.mark.skipif(CUDA, reason="looks into the interpreter")
+@pytest.mark.parametrize(("gate", "R", "ways"), WAYS, ids=str)
+def test_each_tile_takes_the_way_its_gates_need(monkeypatch, gate, R: int, ways: set) -> None:
+    taken = set()
+
+    def note(name: str) -> None:
+        function = getattr(triton_gla_strong, name)
+
+        def noted(*args):
+            rows = args[0].shape[:1]  # of the gates; products get a pointer
+            taken.add(" ".join([name, *(str(getattr(n, "value", n)) for n in rows)]))
+            return function(*args)
+
+        monkeypatch.setattr(triton_gla_strong, name, noted)
+
+    for name in ("prefix_sums", "sibling_sums", "products"):
+        note(name)
+    xs, grads = inputs(1, 200, 1, R, 16 * len(gate), 16, 1.0, torch.float32)
+    xs[3] /= torch.tensor(gate, device=DEVICE).repeat_interleave(16)
+    assert_as_good_as_recurrence(xs, grads, torch.float32)
+    assert taken == ways
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("gate", [48.0, 16.0, 1.0, 0.1, "mixed"])
+@pytest.mark.parametrize("gate", [48.0, 16.0, 1.0, 0.4, 0.1, "mixed"])
 @pytest.mark.parametrize(
     "shape",
-    [(2, 300, 2, 1, 256, 512), (2, 300, 2, 1, 128, 256), (1, 200, 2, 2, 64, 64)],
+    [(2, 300, 2, 1, 256, 512), (2, 300, 2, 1, 128, 256), (1, 200, 2, 2, 64, 64),
+     (1, 200, 1, 1, 512, 64)],
     ids=str,
-)
+)  # fmt: skip
 def test_gpu_matches_the_fp64_recurrence(shape, gate, dtype) -> None:
     if dtype != torch.bfloat16 and shape[4] > 64:
         pytest.skip("fp32 operands are for small heads")
@@ -106,13 +143,14 @@ def _want_programs(monkeypatch, programs: int) -> None:
     )
 
 
-def test_segments_equal_one_walk(monkeypatch) -> None:
-    xs, grads = inputs(2, 300, 1, 2, 16, 16, 48.0, torch.float32)
+@pytest.mark.parametrize(("B", "T", "gate"), [(2, 300, 48.0), (1, 1300, 400.0)])
+def test_segments_equal_one_walk(monkeypatch, B: int, T: int, gate: float) -> None:
+    xs, grads = inputs(B, T, 1, 2, 16, 16, gate, torch.float32)
     _want_programs(monkeypatch, 1)
     assert not triton_gla.plan(*xs[:4], 1.0, None).layout.split
     whole = with_gradients(engine, xs, grads)
     _want_programs(monkeypatch, 10**9)
-    assert triton_gla.plan(*xs[:4], 1.0, None).layout.split
+    assert len(triton_gla.plan(*xs[:4], 1.0, None).layout.segments) == B * -(-T // 128)
     for name, a, b in zip(range(7), with_gradients(engine, xs, grads), whole, strict=True):
         _close(a, b, str(name))
 

@@ -1,0 +1,83 @@
+"""The opaque operators that stand for the chunked engine in a compiled graph on the CPU."""
+
+import pytest
+import torch
+
+from glactl.kernels import compiled
+from glactl.kernels import gla as gla_whole
+from glactl.kernels import gsa as gsa_whole
+
+B, T, H, K, V, M = 2, 40, 2, 8, 6, 5
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(name, dtype, N):
+    """q, k, v, the gate and the initial states."""
+    rows = (B, T, H) if N == B else (1, B * T, H)
+    gate = M if name == "gsa" else K
+    states = [(K, M), (M, V)] if name == "gsa" else [(K, V)]
+    q, k, v = (draw(*rows, d, seed=i).to(dtype) for i, d in enumerate((K, K, V)))
+    g = -draw(*rows, gate, seed=3).abs() / 8
+    made = [q, k, v, g, *(draw(N, H, *s, seed=4 + i) for i, s in enumerate(states))]
+    return [x.requires_grad_() for x in made]
+
+
+def call(name, operator, xs, cu, final, state=True):
+    """The operator of this name in the way the layers call it."""
+    initial = None if not state else xs[4] if name == "gla" else tuple(xs[4:])
+    return operator(*xs[:4], initial, final, cu)
+
+
+def plain(name, xs, cu, final, state=True):
+    def whole(q, k, v, g, initial, final, cu):
+        options = {"initial_state": initial, "output_final_state": final, "cu_seqlens": cu}
+        if name == "gla":
+            return gla_whole(q, k, v, gk=g, **options)
+        return gsa_whole(q, k, v, None, g, **options)
+
+    return call(name, whole, xs, cu, final, state)
+
+
+def flat(result):
+    o, final = result
+    return [o, *(final if isinstance(final, tuple) else [] if final is None else [final])]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["gla", "gsa"])
+def test_compiled_is_not_compiled(name, dtype, state, final, packed):
+    torch.compiler.reset()
+    cu = torch.tensor([0, 7, 7, B * T]) if packed else None
+    xs = inputs(name, dtype, 3 if packed else B)
+    leaves = xs if state else xs[:4]
+    whole = torch.compile(
+        lambda *xs: call(name, getattr(compiled, name), xs, cu, final, state),
+        backend="aot_eager",
+        fullgraph=True,
+    )
+    ours, truth = flat(whole(*xs)), flat(plain(name, xs, cu, final, state))
+    weights = [draw(*x.shape, seed=9).to(x.dtype) for x in truth]
+    grads = [torch.autograd.grad(out, leaves, weights) for out in (ours, truth)]
+    for a, b in zip([*ours, *grads[0]], [*truth, *grads[1]], strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["gla", "gsa"])
+def test_the_operator_keeps_what_it_promises(name):
+    """Schema, shapes without values and the registration of the gradient, by torch's own check."""
+    torch.library.opcheck(compiled._whole, (name, inputs(name, torch.float32, B), None))
+
+
+@pytest.mark.parametrize("name", ["gla", "gsa"])
+def test_outside_of_a_graph_it_is_the_operator_itself(name, monkeypatch):
+    monkeypatch.setattr(compiled, "_whole", None)
+    xs = inputs(name, torch.float32, B)
+    assert torch.equal(call(name, getattr(compiled, name), xs, None, False)[0],
+                       plain(name, xs, None, False)[0])  # fmt: skip
