@@ -21,6 +21,7 @@ from types import FrameType
 
 import torch
 
+from glactl.models.layers import to_device
 from glactl.models.lm import LM, build_lm, token_losses
 from glactl.optim import clip, learning_rate, make_optimizer
 from glactl.run import Position, Run
@@ -211,9 +212,9 @@ def _hidden(model: LM, batch: Batch, device: torch.device) -> tuple[torch.Tensor
     tokens, targets, bounds = batch.tokens, batch.targets, batch.cu_seqlens
     if bounds is not None:  # packed documents: one row, with the bounds of the documents in it
         tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
-        bounds = bounds.to(device)
-    hidden, _ = model(tokens.to(device), cu_seqlens=bounds)
-    return hidden, targets.to(device)
+    # bounds and targets stay on the CPU, where they are read without waiting for a GPU
+    hidden, _ = model(to_device(tokens, device), cu_seqlens=bounds)
+    return hidden, targets
 
 
 @torch.no_grad()

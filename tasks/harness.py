@@ -209,10 +209,8 @@ class HarnessLM(TemplateLM):
                     targets += [-100] * (len(inputs[i]) - len(continuation)) + continuation
                 ends = torch.tensor([0, *(len(inputs[i]) for i in batch)]).cumsum(0)
                 tokens = torch.tensor([[t for i in batch for t in inputs[i]]], device=device)
-                hidden, _ = self.lm.forward(tokens, cu_seqlens=ends.to(device))
-                nats, correct = token_losses(
-                    self.lm, hidden, torch.tensor([targets], device=device), correct=True
-                )
+                hidden, _ = self.lm.forward(tokens, cu_seqlens=ends)
+                nats, correct = token_losses(self.lm, hidden, torch.tensor([targets]), correct=True)
                 counts = [len(pairs[i][1]) for i in batch]
                 for i, n, c in zip(batch, nats.split(counts), correct.split(counts), strict=True):
                     results[i] = (-n.double().sum().item(), bool(c.all()))
