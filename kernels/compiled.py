@@ -15,6 +15,7 @@ Cost: inside a compiled region on the CPU one forward pass more than without; no
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,24 +25,44 @@ from glactl.kernels.gla import gla as gla_whole
 from glactl.kernels.gsa import States
 from glactl.kernels.gsa import gsa as gsa_whole
 
-Function = Callable[..., tuple[Tensor, ...]]
+Function = Callable[[Sequence[Tensor], Tensor | None, float | None], list[Tensor]]
 
 
-def _gla(q: Tensor, k: Tensor, v: Tensor, gk: Tensor, s: Tensor, cu: Tensor | None):  # type: ignore[no-untyped-def]
-    o, final = gla_whole(q, k, v, gk=gk, initial_state=s, output_final_state=True, cu_seqlens=cu)
-    assert final is not None
-    return o, final
+def _gla(axis: str) -> Function:
+    """`gla` of (q, k, v, [gate], S), with the gate on this axis, or none."""
+
+    def run(inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None) -> list[Tensor]:
+        (q, k, v), S = inputs[:3], inputs[-1]
+        gates: dict[str, Any] = dict.fromkeys(axis.split(), inputs[3])
+        o, final = gla_whole(
+            q, k, v, **gates, scale=scale, initial_state=S, output_final_state=True, cu_seqlens=cu
+        )
+        assert final is not None
+        return [o, final]
+
+    return run
 
 
-def _gsa(q: Tensor, k: Tensor, v: Tensor, g: Tensor, Sk: Tensor, Sv: Tensor, cu: Tensor | None):  # type: ignore[no-untyped-def]
-    o, final = gsa_whole(
-        q, k, v, None, g, initial_state=(Sk, Sv), output_final_state=True, cu_seqlens=cu
-    )
-    assert final is not None
-    return o, *final
+def _gsa(given: str) -> Function:
+    """`gsa` of (q, k, v, [s], [g], Sk, Sv), with those of s and g that are given."""
+
+    def run(inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None) -> list[Tensor]:
+        (q, k, v), (Sk, Sv) = inputs[:3], inputs[-2:]
+        named = dict(zip(given.split(), inputs[3:-2], strict=True))
+        o, final = gsa_whole(
+            q, k, v, named.get("s"), named.get("g"), scale=1.0 if scale is None else scale,
+            initial_state=(Sk, Sv), output_final_state=True, cu_seqlens=cu,
+        )  # fmt: skip
+        assert final is not None
+        return [o, *final]
+
+    return run
 
 
-FUNCTIONS: dict[str, Function] = {"gla": _gla, "gsa": _gsa}
+# name -> what runs, and how many of the last inputs are states
+FUNCTIONS: dict[str, tuple[Function, int]] = {
+    f"gla {axis}": (_gla(axis), 1) for axis in ("gk", "gv", "g", "")
+} | {f"gsa {given}": (_gsa(given), 2) for given in ("g", "s", "s g")}
 
 
 @contextmanager
@@ -59,44 +80,48 @@ def _recording() -> Iterator[None]:
 
 
 @torch.library.custom_op("glactl::whole", mutates_args=())
-def _whole(name: str, inputs: Sequence[Tensor], cu: Tensor | None) -> list[Tensor]:
-    return [x.contiguous() for x in FUNCTIONS[name](*inputs, cu)]  # (1)
+def _whole(
+    name: str, inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None
+) -> list[Tensor]:
+    return [x.contiguous() for x in FUNCTIONS[name][0](inputs, cu, scale)]  # (1)
 
 
 @_whole.register_fake
-def _(name: str, inputs: Sequence[Tensor], cu: Tensor | None) -> list[Tensor]:
+def _(name: str, inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None) -> list[Tensor]:
     q, _, v = inputs[:3]
-    o = v.new_empty(*q.shape[:3], v.shape[3])
-    return [o, *(x.new_empty(x.shape, dtype=state_dtype(*inputs[:3])) for x in inputs[4:])]
+    o, states = v.new_empty(*q.shape[:3], v.shape[3]), inputs[-FUNCTIONS[name][1] :]
+    return [o, *(x.new_empty(x.shape, dtype=state_dtype(*inputs[:3])) for x in states)]
 
 
 @torch.library.custom_op("glactl::whole_backward", mutates_args=())
 def _whole_backward(
-    name: str, inputs: Sequence[Tensor], cu: Tensor | None, grads: Sequence[Tensor]
-) -> list[Tensor]:
+    name: str, inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None,
+    grads: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
     with _recording():
         leaves = [x.detach().requires_grad_() for x in inputs]
-        out = FUNCTIONS[name](*leaves, cu)
+        out = FUNCTIONS[name][0](leaves, cu, scale)
         found = torch.autograd.grad(out, leaves, list(grads))  # (2)
     return [x.contiguous() for x in found]
 
 
 @_whole_backward.register_fake
 def _(
-    name: str, inputs: Sequence[Tensor], cu: Tensor | None, grads: Sequence[Tensor]
-) -> list[Tensor]:
+    name: str, inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None,
+    grads: Sequence[Tensor],
+) -> list[Tensor]:  # fmt: skip
     return [x.new_empty(x.shape) for x in inputs]
 
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.name, tensors, cu = inputs
+    ctx.name, tensors, cu, ctx.scale = inputs
     ctx.count = len(tensors)
     ctx.save_for_backward(*tensors, cu)
 
 
 def _back(ctx, grads):  # type: ignore[no-untyped-def]
     *tensors, cu = ctx.saved_tensors
-    return None, _whole_backward(ctx.name, tensors, cu, grads), None
+    return None, _whole_backward(ctx.name, tensors, cu, ctx.scale, grads), None, None
 
 
 _whole.register_autograd(_back, setup_context=_keep)
@@ -107,37 +132,45 @@ def _opaque(device: torch.device) -> bool:
 
 
 def gla(
-    q: Tensor, k: Tensor, v: Tensor, gk: Tensor, initial_state: Tensor | None,
-    output_final_state: bool, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, initial_state: Tensor | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, *,
+    axis: Literal["gk", "gv", "g"] = "gk", scale: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """`glactl.kernels.gla` with a key gate; arguments and results as there."""
+    """`glactl.kernels.gla` with its argument `axis` as the gate; results as there."""
     if not _opaque(q.device):
+        named: dict[str, Any] = {axis: gate}
         return gla_whole(
-            q, k, v, gk=gk, initial_state=initial_state,
+            q, k, v, **named, scale=scale, initial_state=initial_state,
             output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
     s = initial_state
     if s is None:
         s = _zeros(q, k, v, cu_seqlens, k.shape[3], v.shape[3])
-    o, final = _whole("gla", [q, k, v, gk, s], cu_seqlens)
+    gates = [] if gate is None else [gate]
+    name = f"gla {axis if gates else ''}"
+    o, final = _whole(name, [q, k, v, *gates, s], cu_seqlens, scale)
     return o, final if output_final_state else None
 
 
 def gsa(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, initial_state: States | None,
-    output_final_state: bool, cu_seqlens: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, initial_state: States | None,
+    output_final_state: bool, cu_seqlens: Tensor | None, *, s: Tensor | None = None,
+    scale: float = 1.0,
 ) -> tuple[Tensor, States | None]:  # fmt: skip
-    """`glactl.kernels.gsa` with write strengths 1 - exp g; arguments and results as there."""
+    """`glactl.kernels.gsa`; arguments and results as there."""
     if not _opaque(q.device):
         return gsa_whole(
-            q, k, v, None, g, initial_state=initial_state,
+            q, k, v, s, g, scale=scale, initial_state=initial_state,
             output_final_state=output_final_state, cu_seqlens=cu_seqlens,
         )  # fmt: skip
+    given = {name: x for name, x in (("s", s), ("g", g)) if x is not None}
+    M = next(iter(given.values())).shape[3]
     Sk, Sv = initial_state or (
-        _zeros(q, k, v, cu_seqlens, k.shape[3], g.shape[3]),
-        _zeros(q, k, v, cu_seqlens, g.shape[3], v.shape[3]),
+        _zeros(q, k, v, cu_seqlens, k.shape[3], M),
+        _zeros(q, k, v, cu_seqlens, M, v.shape[3]),
     )
-    o, Sk, Sv = _whole("gsa", [q, k, v, g, Sk, Sv], cu_seqlens)
+    inputs = [q, k, v, *given.values(), Sk, Sv]
+    o, Sk, Sv = _whole(f"gsa {' '.join(given)}", inputs, cu_seqlens, scale)
     return o, (Sk, Sv) if output_final_state else None
 
 

@@ -1,25 +1,32 @@
 """Gated slot attention on a CUDA device: tile shapes and launches.
 
-The mathematics is in triton_gsa_forward.py and triton_gsa_backward.py, the cut into blocks and
-segments in triton_layout.py, the differentiable operator in triton_gsa_op.py. Four launches
-forward and four backward, one more each where sequences are cut into segments.
+The mathematics is in triton_gsa_pairs.py, triton_gsa_forward.py and triton_gsa_backward.py, the cut
+into blocks and segments in triton_layout.py, the differentiable operator in triton_gsa_op.py. Four
+launches forward and six backward, one more each where sequences are cut into segments.
 
-Precision. bf16 inputs: products in bf16 with fp32 sums; A1 and A2 from which logits, softmax and
-outputs come, and dA1, in tf32; A2 and dA2 as two bf16 numbers where a gradient reads them; states
-stored in bf16 once in 128 rows. Running states, logits and softmax are fp32. fp32 and fp16
-inputs: operands in fp32, products in three tf32 passes.
+Precision. bf16 inputs: products of bf16 numbers with fp32 sums; A1, A2, dA2, dA1, p, dz, the states
+once in 128 rows, and each head's share of ds and of dg, once summed over rows, are bf16 in memory.
+Running states, exponents, factors, logits and softmax are fp32. fp32 and fp16 inputs: operands in
+fp32, products in three tf32 passes.
 
 Bytes over 3.02 TB/s, and the time predicted, in ms on an H100, 32,768 tokens, 4 heads, M 64, bf16
-gates and no s; two blocks of a kernel never share a multiprocessor but in `slots` and `walk`:
+gates and no s. `walk` and `gradients` measured 0.31 and 0.61, 0.17 and 0.38 with more to read. The
+last columns are the share of blocks with n < 7 (triton_gsa_pairs.py): n = 5 and n = 0.
 
-                        K = V = 512          K = V = 256
-    slots               0.02    0.03         0.02    0.03
-    walk                0.14    0.19         0.07    0.10
-    outputs             0.30    0.42         0.18    0.30
-    logit_gradients     0.21    0.33         0.14    0.26
-    walk, reversed      0.14    0.20         0.08    0.11
-    gradients           0.48    0.68         0.28    0.42
-    sum                 1.29    1.85         0.77    1.22
+                        K = V = 512     K = V = 256     more if n = 5, 0
+    slots               0.02  0.03      0.02  0.03      0.01  0.01
+    walk                0.14  0.16      0.07  0.09
+    outputs             0.26  0.38      0.15  0.23      0.12  0.40
+    logit_gradients     0.22  0.34      0.16  0.24      0.15  0.50
+    slot_gradients      0.05  0.09      0.05  0.09      0.10  0.35
+    walk, reversed      0.14  0.16      0.07  0.09
+    gradients           0.40  0.58      0.21  0.34
+    sum                 1.23  1.74      0.73  1.11      0.38  1.26
+
+Memory above the inputs, MiB, at its peak in `gradients`: kept s^ 16, G 32, S 128 (64), p 16, A1 32,
+the state's part of z 16; o 128 (64); scale dz e^G 16, the shares of ds and dg 32; D 128 (64); dq,
+dk and dv 384 (192), dg 16: 944 at K = V = 512 (560 at 256). A2, dA2 and dA1 are in dv, dk and dq;
+they need 96 more where K or V is below 128 or query heads share states.
 """
 
 from dataclasses import dataclass
@@ -252,8 +259,8 @@ def forward(
     scratch = p.new(*(0,) if t.slots >= p.M else (nb, HQ, BLOCK, p.M), dtype=torch.float32)
     for strong in (False, True):
         forward_kernels.outputs[(nb * HQ,)](
-            p.q, p.k, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, o, *rest, scratch,
-            p.scale, p.slots, p.H,
+            p.q, p.k, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, o, *rest,
+            scratch, p.scale, p.slots, p.H,
             K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=p.s is not None,
             SAVE=save, STRONG=strong, PREC=p.prec, **t.options,
         )  # fmt: skip

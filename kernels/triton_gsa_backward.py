@@ -14,13 +14,13 @@ Notation of triton_gsa_forward.py; D1 = dL/dS1 and D2 = dL/dS2 after the block. 
            + sum_{i>=t} (p dp~ + dz z~ - s ds~)_i                                                (7)
 
 ~ marks the sums over j or i of the block, _state the terms with S or D. dz needs neither D1 nor
-D2, so `logit_gradients` comes first with (1)-(3), A2, ds~ and the query side of (7); then one walk
-(`walk` of the forward, reversed) makes both D of (4); then `gradients` does (5) and finishes (6)
-and (7). (7) holds only paths that cross t, and its last sum cancels to fp32 rounding because both
-terms come from the same rounded operands; it is summed over rows before anything is rounded. With
-s = 1 - e^g, dg also receives -e^g ds.
+D2, so `logit_gradients` comes first with (1)-(3) and A2, then `slot_gradients` with ds~ and the
+query side of (7), then one walk (`walk` of the forward, reversed) makes both D of (4), then
+`gradients` does (5) and finishes (6) and (7). (7) holds only paths that cross t, and its last sum
+cancels to fp32 rounding because both terms come from the same rounded operands; it is summed over
+rows before anything is rounded. With s = 1 - e^g, dg also receives -e^g ds.
 
-A2 and dA1 of a block may wait where dv and dq of its rows will be written (IN_PLACE).
+A2, dA2 and dA1 of a block may wait where dv, dk and dq of its rows will be written (IN_PLACE).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -32,10 +32,8 @@ import triton.language as tl
 from glactl.kernels.triton_gsa_pairs import (
     add_mix,
     factors,
-    gates,
     slot_scores,
     slot_tile,
-    strength,
     sums_after,
     sums_before,
 )
@@ -57,8 +55,8 @@ def score_rows(pid, row, hq, HQ, WIDTH: tl.constexpr, IN_PLACE: tl.constexpr):
 
 @triton.jit
 def logit_gradients(
-    do, v, s, g, blocks, table, sums_, ge, levels, states, p, zs, a2, da2, da1, x1, x2, dz, dg, scratch,
-    scale,
+    do, v, s, g, blocks, table, sums_, ge, levels, states, p, zs, a2, da2, da1, x1, x2, dz, dg,
+    scratch, scale,
     H,
     K: tl.constexpr, V: tl.constexpr, M: tl.constexpr, WB: tl.constexpr, MB: tl.constexpr,
     R: tl.constexpr, GIVEN: tl.constexpr, STRONG: tl.constexpr, IN_PLACE: tl.constexpr,
@@ -120,6 +118,7 @@ def logit_gradients(
     tl.store(da2 + score_rows(pid, row, hq, HQ, K, IN_PLACE), dA2, mask=live)
     dP *= tl.exp(tl.load(sums_ + at_m))
     tl.store(dz + at_m, dP)
+    tl.debug_barrier()
     if MB == M:
         w, G, end = slot_tile(s, g, sums_, ge, s_g, H * M, rows, 0, M, MB, GIVEN, STRONG)
         dP = add_mix(dP, dA2, w, G, end, size, table, STRONG, PLAIN, PREC)  # (1)

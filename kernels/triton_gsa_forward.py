@@ -14,9 +14,9 @@ neither state depends on q; the same walk carries the gradients of the states ba
 `slots` writes G and s^, `walk` a state of (M, columns) a block, `outputs` does (2)-(4) with all
 blocks at once.
 
-Products with e^{G_i-G_j} are those of scaled operands, see triton_gsa_pairs.py; the blocks that need
-more than one pair of factors have a launch of the same source (STRONG), and each of the two leaves
-the other's blocks alone.
+Products with e^{G_i-G_j} are those of scaled operands, see triton_gsa_pairs.py. Blocks that need
+more than one pair of factors have a launch of their own of the same source (STRONG); each of the
+two leaves the other's blocks alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -47,7 +47,7 @@ def slots(
 ):  # fmt: skip
     """s^ (blocks, H, 128, M), G alike in fp32, Ge (blocks, H, M), n (blocks, H, M / MB).
 
-    n as above for these slots. Grid blocks * H * M / MB.
+    n as in triton_gsa_pairs.py, for these slots; table is `selections`. Grid blocks * H * M / MB.
     """
     pid = tl.program_id(0).to(tl.int64)
     NM: tl.constexpr = M // MB
@@ -243,7 +243,8 @@ def outputs(
         tl.store(scratch + at_m, P)
         tl.debug_barrier()
         A = slot_scores(
-            scratch, s, g, sums_, ge, s_g, H * M, rows, size, table, dtype, M, MB, GIVEN, STRONG, PREC
+            scratch, s, g, sums_, ge, s_g, H * M, rows, size, table, dtype, M, MB, GIVEN, STRONG,
+            PREC,
         )  # fmt: skip
     scores = tl.where(lower, A, 0.0).to(dtype)  # (4)
 

@@ -137,7 +137,7 @@ def gsa_fused(
 
     Widths are padded with zeros: K and V to a multiple of 64, or to a power of two from 16 to 64,
     M to a power of two from 16. Memory: between forward and backward, the states of every 128th
-    row, and of each row and head 768 bytes and 14 M bytes in bf16.
+    row, and of each row and head 256 bytes and 10 M bytes in bf16.
     """
     gate = s if g is None else g
     if gate is None:

@@ -3,7 +3,7 @@ r"""What the kernels of gated slot attention do with gates: factors of products,
 Products with e^{G_i-G_j} are products of operands scaled by factors Fq_i and Fk_j. Cut the block
 into groups of 2^n rows, b the first row of the one that i is in:
 
-    i, j in one group:      Fq_i = e^{E_i}, Fk_j = e^{-E_j}, 2 E_i = sum_{b<t<=i} g - sum_{t>i} g (1)
+    i, j in one group:  Fq_i = e^{E_i}   Fk_j = e^{-E_j}   2 E_i = sum_{b<t<=i} g - sum_{t>i} g  (1)
 
 the sums over rows t of the group. `slots` finds the largest n with which no slot decays by more
 than LIMIT in any group from its first to its last row. 7, one group, is the usual case and needs
@@ -14,9 +14,9 @@ of the upper one,
     Fq_i = e^{sum of g over [u, i]}     Fk_j = e^{sum of g over (j, u)}                          (2)
 
 sums of numbers <= 0, never a difference, so that any gate in [-inf, 0] keeps its precision: with
-n = 0 no factor exceeds 1. That is 8 - n pairs of factors; their exponents are products of g with
-small matrices. The cases 7 and below are two launches of one source (STRONG), each of which leaves
-the other's blocks alone.
+n = 0 no factor exceeds 1. That is 8 - n pairs of factors, their exponents products of g with
+matrices of `selections` (triton_gsa.py). The cases n = 7 and n < 7 are two launches of one source
+(STRONG), each of which leaves the other's blocks alone.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -53,11 +53,7 @@ def selected_sums(table, which, g, PLAIN: tl.constexpr, dtype: tl.constexpr):
     """
     i, j = tl.arange(0, 128)[:, None], tl.arange(0, 128)[None, :]
     selected = tl.load(table + which * (128 * 128) + i * 128 + j)
-    if PLAIN:
-        out = tl.dot(selected, g.to(tl.bfloat16))
-    else:
-        out = sums(selected, g, dtype)
-    return out
+    return tl.dot(selected, g.to(tl.bfloat16)) if PLAIN else sums(selected, g, dtype)
 
 
 @triton.jit
@@ -67,11 +63,8 @@ def sums_before(x, table, dtype: tl.constexpr):
     For bf16 operands a product, to 2^-17 of each term: a scan across warps takes some 8 shared
     loads an element. In fp32 the scan, which errs less.
     """
-    if dtype == tl.bfloat16:
-        out = selected_sums(table, 14, x, False, dtype)
-    else:
-        out = tl.cumsum(x, 0) - x
-    return out
+    product: tl.constexpr = dtype == tl.bfloat16
+    return selected_sums(table, 14, x, False, dtype) if product else tl.cumsum(x, 0) - x
 
 
 @triton.jit

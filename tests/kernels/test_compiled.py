@@ -72,7 +72,8 @@ def test_compiled_is_not_compiled(name, dtype, state, final, packed):
 @pytest.mark.parametrize("name", ["gla", "gsa"])
 def test_the_operator_keeps_what_it_promises(name):
     """Schema, shapes without values and the registration of the gradient, by torch's own check."""
-    torch.library.opcheck(compiled._whole, (name, inputs(name, torch.float32, B), None))
+    gated = {"gla": "gla gk", "gsa": "gsa g"}[name]
+    torch.library.opcheck(compiled._whole, (gated, inputs(name, torch.float32, B), None, 0.5))
 
 
 @pytest.mark.parametrize("name", ["gla", "gsa"])

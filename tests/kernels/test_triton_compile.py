@@ -20,7 +20,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 NAMES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-         torch.int64: "*i64", int: "i32", float: "fp32"}
+         torch.int32: "*i32", torch.int64: "*i64", int: "i32", float: "fp32"}
 launches = []
 
 class Recorder:
@@ -101,7 +101,7 @@ p = engine.plan(q, k, v, None, g[..., :64].contiguous(), 1.0, 64, None)
 o, final, kept = engine.forward(p, None, False, True)
 engine.backward(p, o, None, kept, False)
 """,
-        "slots walk outputs logit_gradients gradients",
+        "slots walk outputs logit_gradients slot_gradients gradients",
     ),
     "step": (
         "triton_step",
@@ -130,9 +130,14 @@ MAY_SPILL |= {("key", name, 80) for name in ("gradients", "prepare_exact")}
 # 128 registers a thread that let two blocks share a multiprocessor.
 MAY_SPILL |= {("scalar", name, cc) for name in ("score_gradient", "gradients") for cc in SHARED}
 MAY_SPILL |= {("scalar", name, 80) for name in ("sweep", "sweep_back", "local_states")}
-# Both spill in their EXACT launch, for blocks beyond the safe range; `outputs` 16 bytes otherwise
-# too: none with 32 columns, whose rows are then read in pieces of 64 bytes.
-MAY_SPILL |= {("slots", name, cc) for name in ("outputs", "logit_gradients") for cc in SHARED}
+# Blocks beyond the safe range: `outputs` spills 116 bytes, `logit_gradients` 216, `slot_gradients`
+# 180; else 0, 84 and, at the 128 registers that let two blocks share a multiprocessor, 140.
+# `slots` spills 8 bytes at 128 registers.
+MAY_SPILL |= {
+    ("slots", name, cc)
+    for name in ("slots", "outputs", "logit_gradients", "slot_gradients")
+    for cc in SHARED
+}
 MAY_SPILL |= {("slots", name, 80) for name in ("walk", "gradients")}  # not timed there
 
 

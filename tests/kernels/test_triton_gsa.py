@@ -102,8 +102,9 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-# Mild gates (48) carry the states across blocks; 1 passes the fp32 range of one pair of factors
-# and takes the halving; 0.1, mixed and closed have gates whose exponential is 0.
+# Mild gates (48) carry the states across blocks; 4 to 1 pass the fp32 range of one pair of factors
+# and take groups of rows; 0.1, mixed and closed have gates whose exponential is 0. M = 32 is more
+# slots than fp32 takes at a time.
 CASES = [
     (1, 1, 1, 1, 16, 16, 16, 48.0, False),
     (2, 65, 1, 1, 16, 16, 16, 48.0, True),
@@ -111,6 +112,8 @@ CASES = [
     (1, 130, 2, 1, 32, 16, 16, 48.0, True),
     (1, 130, 1, 2, 16, 16, 16, 16.0, False),
     (1, 130, 1, 1, 16, 16, 16, None, True),
+    (1, 130, 1, 1, 16, 16, 32, 4.0, False),
+    (1, 130, 1, 2, 16, 16, 16, 2.0, True),
     (1, 129, 1, 1, 16, 16, 32, 1.0, False),
     (1, 129, 1, 2, 16, 16, 16, 1.0, True),
     (1, 130, 1, 1, 16, 16, 16, 0.1, False),
@@ -127,10 +130,34 @@ def test_fp32_matches_the_fp64_recurrence(case) -> None:
     assert_as_good_as_recurrence(*inputs(*case), torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("gate", "rows"),
+    [(48.0, 7), (4.0, 6), (2.0, 5), (1.0, 3), (0.1, 0), ("mixed", 0), ("closed", 0)],
+)
+def test_the_largest_safe_groups_are_found(gate, rows) -> None:
+    """n of groups of 2^n rows, of which none decays by more than the limit after its first row."""
+    xs, _ = inputs(1, 128, 1, 1, 16, 16, 16, gate, False)
+    p = triton_gsa.plan(xs["q"], xs["k"], xs["v"], None, xs["g"], 1.0, 16, None)
+    found = triton_gsa.forward(p, None, False, True)[2][3].item()
+    within = [
+        n for n in range(8) if -xs["g"].unflatten(1, (-1, 2**n))[:, :, 1:].sum(2).min() <= p.limit
+    ]
+    assert found == max(within) == rows
+
+
+def test_scores_may_wait_in_the_gradients(monkeypatch) -> None:
+    xs, grads = inputs(2, 130, 2, 1, 128, 128, 16, 48.0, True)
+    apart = with_gradients(engine, xs, grads)
+    for name in ("hoist", "in_place"):
+        monkeypatch.setattr(triton_gsa.Plan, name, True)
+    for name, x in with_gradients(engine, xs, grads).items():
+        assert torch.equal(x, apart[name]), name
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("gate", [48.0, 8.0, 1.0, 0.1, "mixed"])
+@pytest.mark.parametrize("gate", [48.0, 8.0, 1.0, 0.5, 0.25, 0.1, "mixed"])
 @pytest.mark.parametrize(
     "shape",
     [
