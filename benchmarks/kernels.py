@@ -273,7 +273,7 @@ def main() -> None:
         case = CASES[name]
         ops = engines(case, not args.no_fla)
         for normalizer in args.normalizers.split(","):
-            for T in map(int, args.seqlens.split(",")):
+            for T in map(int, filter(None, args.seqlens.split(","))):
                 row = {"case": name, "seqlen": T, "normalizer": normalizer, "gates": args.gates}
                 about["results"].append(row | run(case, ops, T, normalizer, gates, args.kernels))
                 print(json.dumps(about["results"][-1]), flush=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 Backend = Literal["chunked", "reference", "triton"]
 # Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
 # code before. The others were so in Triton's interpreter alone, and run where they are asked for.
-PROVEN = frozenset({"gk"})
+PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step"})
 P = ParamSpec("P")
 R = TypeVar("R")
 

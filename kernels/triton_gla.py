@@ -5,8 +5,8 @@ triton_gla_strong.py; the cut into blocks and segments in triton_layout.py, the 
 between segments in triton_segments.py, the differentiable operator in triton_gla_op.py. Three
 launches forward and five backward, two more each where sequences are cut into segments.
 
-Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, dA kept as two bf16 numbers,
-states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, A kept as one bf16 number
+and dA as two, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 """
 
@@ -85,7 +85,7 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
         states=Tile(min(K, 64), min(V, 64), 8, 3),
         gradients=Tile(min(K, 32), V, 8, 3),
         gradients_exact=Tile(min(K, 32), V, 8, 3),
-        programs=528 if wide else 264,
+        programs=264,
     )
 
 
@@ -261,9 +261,9 @@ def backward(
         **t.options,
     )  # fmt: skip
     columns, t = t.K, p.tiles.gradients_exact  # those of `gradients`, whose tiles it completes
-    strong_kernels.gradients_exact[(nb * p.H * (p.K // columns),)](
+    strong_kernels.gradients_exact[(nb * p.H * (p.K // (columns * n)),)](
         p.q, p.k, p.g, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale,
-        p.H, K=p.K, KB=columns, R=p.R, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
+        p.H, K=p.K, KB=columns, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
         **t.options,
     )  # fmt: skip
     return dq, dk, dv, dg, ds0

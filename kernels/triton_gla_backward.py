@@ -39,7 +39,9 @@ def sweep_back(
 
     start: D after the segments if CUT, else after the sequences. Grid segments * H * V / VB.
     """
-    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, True)
+    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, V // VB, True
+    )
     if chunks == 0:
         return
     HQ = H * R
@@ -56,7 +58,7 @@ def sweep_back(
         t = chunks - 1 - n
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < rows - t * 64)[:, None]
+        live = (i < row_end - row)[:, None]
         Y = tl.load(kh + (chunk * H + head) * (64 * K) + at_h)
         end = tl.load(ge + (chunk * H + head) * K + kk)
         Db = D.to(Y.dtype)
@@ -234,7 +236,7 @@ def gradients(
         high = tl.load(da + at_dA)
         if SPLIT:
             low = tl.load(da + 128 * 128 + at_dA)
-    for n in tl.range(TILES, num_stages=2):
+    for n in tl.range(TILES, num_stages=2):  # all reads before the branch, to be fetched ahead
         first_k = (pid % NK) * (KB * TILES) + n * KB
         kk = first_k + tl.arange(0, KB)
         at_k = i[:, None] * (H * K) + kk[None, :]
@@ -246,7 +248,10 @@ def gradients(
         first, end = tl.load(ends)[None, :], tl.load(ends + H * K)[None, :]
         P = tl.load(G + (block * 2 * H + head) * (64 * K) + at_G)
         Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0)
+        Q = tl.load(q + (row * HQ + head * R) * K + at_q, mask=live, other=0.0)
         dK = tl.load(dks + (block * H + head) * (128 * K) + at)
+        dQ = tl.load(dqs + (block * HQ + head * R) * (128 * K) + at)
+        size = tl.load(sizes + 2 * ((block * HQ + head * R) * (K // KS) + wide))
         size_k = tl.load(sizes + 2 * ((block * HQ + head * R) * (K // KS) + wide) + 1)
         across = tl.load(through + (block * H + head) * K + kk)[None, :]
         end += first  # Ge of the block, from its two chunks
@@ -261,9 +266,10 @@ def gradients(
             Z = Yf * dKf
             for r in tl.static_range(R):
                 hq = head * R + r
-                Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0)
-                dQ = tl.load(dqs + (block * HQ + hq) * (128 * K) + at)
-                size = tl.load(sizes + 2 * ((block * HQ + hq) * (K // KS) + wide))
+                if r > 0:
+                    Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0)
+                    dQ = tl.load(dqs + (block * HQ + hq) * (128 * K) + at)
+                    size = tl.load(sizes + 2 * ((block * HQ + hq) * (K // KS) + wide))
                 Qf = Q.to(tl.float32) * (scale * to_q)
                 dQf = dQ.to(tl.float32) * (size * middle)
                 into = Qf * dQf

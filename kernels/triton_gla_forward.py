@@ -135,7 +135,9 @@ def local_states(
     """
     NV: tl.constexpr = V // VB
     NK: tl.constexpr = K // KB
-    seg, _, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, NV * NK, REVERSE)
+    seg, _, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, NV * NK, REVERSE
+    )
     if (chunks == 0) | ends:
         return
     i = tl.arange(0, 64)
@@ -156,7 +158,7 @@ def local_states(
         for r in tl.static_range(R):
             hq = head * R + r
             X = tl.load(x + (chunk * HQ + hq) * (64 * K) + at_x)
-            live = (i < rows - t * 64)[:, None]
+            live = (i < row_end - row)[:, None]
             Y = tl.load(y + (row * HQ + hq) * V + at_y, mask=live, other=0.0)
             S = tl.dot(tl.trans(X), Y.to(X.dtype), S, input_precision=PREC)
     at = seg * H + head
@@ -177,7 +179,9 @@ def sweep(
 
     start: states of the segments if CUT, else of the sequences. Grid segments * H * V / VB.
     """
-    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, False)
+    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, V // VB, False
+    )
     if chunks == 0:
         return
     HQ = H * R
@@ -193,7 +197,7 @@ def sweep(
     for t in range(chunks):
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < rows - t * 64)[:, None]
+        live = (i < row_end - row)[:, None]
         Y = tl.load(kh + (chunk * H + head) * (64 * K) + at_h)
         W = tl.load(v + (row * H + head) * V + at_v, mask=live, other=0.0).to(Y.dtype)
         end = tl.load(ge + (chunk * H + head) * K + kk)

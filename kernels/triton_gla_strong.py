@@ -198,27 +198,18 @@ def meet(da, level, Q, Y, E, dQ, dK, Z, SPLIT: tl.constexpr, PREC: tl.constexpr)
 
 
 @triton.jit
-def gradients_exact(
-    q, k, g, G, da, ge, blocks, dqs, dks, sizes, through, dq, dk, dg, scale,
+def exact_tile(
+    tile, block, head, row, rows, first, second, q, k, g, G, da, ge, dqs, dks, sizes, through,
+    dq, dk, dg, scale,
     H,
     K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr,
     KS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """dq, dk, dg of the tiles that `gradients`, with the same KB, leaves out; its grid."""
-    pid = tl.program_id(0).to(tl.int64)
-    NK: tl.constexpr = K // KB
-    head = (pid // NK) % H
-    block = pid // (NK * H)
-    row = tl.load(blocks + 2 * block)
-    rows = tl.load(blocks + 2 * block + 1)
+    """dq, dk, dg of one K tile; first, second: Ge (KB,) of the block's chunks, also at ge."""
     HQ = H * R
-    dtype = da.dtype.element_ty
+    dtype: tl.constexpr = da.dtype.element_ty
     i = tl.arange(0, 128)
-    kk = (pid % NK) * KB + tl.arange(0, KB)
-    ge += (block * 2 * H + head) * K
-    first, second = tl.load(ge + kk), tl.load(ge + H * K + kk)
-    if (rows == 0) | (tl.max(-(second + first), 0) <= LIMIT):
-        return
+    kk = tile * KB + tl.arange(0, KB)
     live = (i < rows)[:, None]
     later = (i >= 64)[:, None]
     k += (row * H + head) * K
@@ -229,7 +220,7 @@ def gradients_exact(
     da += (block * HQ + head * R) * ((1 + SPLIT) * 128 * 128)
     dqs += (block * HQ + head * R) * (128 * K)
     dks += (block * H + head) * (128 * K)
-    sizes += 2 * ((block * HQ + head * R) * (K // KS) + (pid % NK) * KB // KS)
+    sizes += 2 * ((block * HQ + head * R) * (K // KS) + tile * KB // KS)
     at_k = i[:, None] * (H * K) + kk[None, :]
     at_q = i[:, None] * (HQ * K) + kk[None, :]
     at = i[:, None] * K + kk[None, :]
@@ -326,3 +317,33 @@ def gradients_exact(
     dg += (row * H + head) * K
     tl.store(dk + at_k, dK, mask=live)
     tl.store(dg + at_k, whole[None, :] + tl.cumsum(Z, 0) - Z, mask=live)
+
+
+@triton.jit
+def gradients_exact(
+    q, k, g, G, da, ge, blocks, dqs, dks, sizes, through, dq, dk, dg, scale,
+    H,
+    K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr,
+    KS: tl.constexpr, SPLIT: tl.constexpr, LIMIT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """dq, dk, dg of the tiles that `gradients`, with the same KB, leaves out; its grid."""
+    pid = tl.program_id(0).to(tl.int64)
+    NK: tl.constexpr = K // (KB * TILES)
+    head = (pid // NK) % H
+    block = pid // (NK * H)
+    row = tl.load(blocks + 2 * block)
+    rows = tl.load(blocks + 2 * block + 1)
+    ge += (block * 2 * H + head) * K
+    all_k = (pid % NK) * (KB * TILES) + tl.arange(0, KB * TILES)
+    end = tl.load(ge + all_k) + tl.load(ge + H * K + all_k)
+    if (rows == 0) | (tl.max(-end, 0) <= LIMIT):
+        return
+    for n in range(TILES):
+        tile = (pid % NK) * TILES + n
+        kk = tile * KB + tl.arange(0, KB)
+        first, second = tl.load(ge + kk), tl.load(ge + H * K + kk)
+        if tl.max(-(second + first), 0) > LIMIT:
+            exact_tile(
+                tile, block, head, row, rows, first, second, q, k, g, G, da, ge, dqs, dks, sizes,
+                through, dq, dk, dg, scale, H, K, KB, R, KS, SPLIT, LIMIT, PREC,
+            )  # fmt: skip

@@ -5,8 +5,8 @@ and segments in triton_layout.py, the states carried between segments in triton_
 differentiable operator in triton_scalar_op.py. Two launches forward and three backward, two more
 each with segments and one more where the decay wants a gradient.
 
-Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A and dA kept as two
-bf16 numbers, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A and dA rounded to
+bf16, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 
 Predicted for K 256, V 512, 4 heads, 32,768 tokens, T 2048, bf16: megabytes to and from memory,
@@ -74,17 +74,17 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
             programs=528,
         )
     wide = K > 128
-    # Not 8 warps over 32 columns: at K 512 that ended in an illegal memory access (H100, Triton
-    # 3.6; no index of the source is out of bounds), and sweep_back spilled 428 bytes, not 216.
-    warps = 8 if wide and v == 64 else 4
+    # V is 64 or more where K is wide: at K 512, tiles of 32 columns end in an illegal memory access
+    # (H100, Triton 3.6: a product reads shared memory past its end; 64 columns are right)
+    warps = 8 if wide else 4
     return Tiles(
         scores=Tile(min(K, 64), V, 4, 3),
         local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
         sweep=Tile(K, v, warps, 1 if K > 256 else 2),
-        back=Tile(K, v, warps, 1),
+        back=Tile(K, v, warps, 2 if K == 256 else 1),
         score_gradient=Tile(K, min(V, 64), 8, 3),
         gradients=Tile(min(K, 64), min(V, 64), 8, 2),
-        programs=528 if wide else 264,
+        programs=264,
     )
 
 
@@ -122,14 +122,14 @@ class Plan:
     tiles: Tiles
 
     @property
-    def split(self) -> bool:
-        """Whether A and dA are kept as two numbers."""
+    def bf16(self) -> bool:
+        """Whether the operands are bf16; else they are fp32."""
         return self.dtype == torch.bfloat16
 
     @property
     def common(self) -> dict[str, int | str]:
         """What every kernel is compiled for."""
-        prec = "tf32" if self.split else "tf32x3"
+        prec = "tf32" if self.bf16 else "tf32x3"
         return {"R": self.R, "GATE": gate_kind(self.g), "PREC": prec}
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -162,7 +162,7 @@ def segment_starts(
     options = {**p.common, **t.options, "R": p.R if reverse else 1}
     forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
         x, y, sums, p.layout.segments, local, decay, p.scale, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, REVERSE=reverse, BF16=p.split, **options,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, REVERSE=reverse, BF16=p.bf16, **options,
     )  # fmt: skip
     return carried(p.layout, local, decay, initial, reverse)
 
@@ -177,7 +177,7 @@ def forward(
     t = p.tiles.scores
     forward_kernels.scores[(2 * nb * p.H * p.R,)](
         p.q, p.k, p.g, p.layout.blocks, a, sums, p.scale, p.H,
-        K=p.K, KB=t.K, BF16=p.split, **p.common, **t.options,
+        K=p.K, KB=t.K, BF16=p.bf16, **p.common, **t.options,
     )  # fmt: skip
     start = segment_starts(p, p.k, p.v, sums, s0, False)
     o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
@@ -216,12 +216,12 @@ def backward(
     del start
 
     t = p.tiles.score_gradient
-    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
+    da = p.new(nb, HQ, BLOCK, BLOCK)
     own = p.new(*((nb, HQ, BLOCK) if want_gate else (0,)), dtype=torch.float32)
     backward_kernels.score_gradient[(nb * HQ,)](
         do, p.v, p.g, p.layout.blocks, da, own, p.scale, p.H,
-        V=p.V, VB=t.V, GRAD=want_gate, SPLIT=p.split, **p.common, **t.options,
-        **(TWO_BLOCKS if p.split else {}),
+        V=p.V, VB=t.V, GRAD=want_gate, **p.common, **t.options,
+        **(TWO_BLOCKS if p.bf16 else {}),
     )  # fmt: skip
 
     t = p.tiles.gradients
@@ -230,11 +230,11 @@ def backward(
     shares = p.new(*((nb, p.H, NK, 3, BLOCK) if want_gate else (0,)), dtype=torch.float32)
     through = p.new(*((nb, p.H, NK) if want_gate else (0,)), dtype=torch.float32)
     # where one step covers V, its buffers leave no room for a second block
-    pair = TWO_BLOCKS if p.split and p.V > t.V else {}
+    pair = TWO_BLOCKS if p.bf16 and p.V > t.V else {}
     backward_kernels.gradients[(nb * p.H * NK,)](
         p.q, p.k, p.g, do, p.v, states, dstates, da, own, p.layout.blocks, dq, dk, shares, through,
         p.scale, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, GRAD=want_gate, SPLIT=p.split, **p.common, **t.options,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, GRAD=want_gate, **p.common, **t.options,
         **pair,
     )  # fmt: skip
     if not want_gate or p.g is None:

@@ -15,7 +15,7 @@ stored states takes the chunk's place in (3)-(5), with P, X and L over its rows.
 where g wants a gradient, that tile's share of (5), which `gate_gradient` adds up. (5) holds only
 paths that cross t and starts anew in every block; its last sum cancels to fp32 rounding, because
 both terms come from the same operands, and leaves out the diagonal of dA, which crosses no t and
-under strong decays would be all there is to cancel. dA is kept as two bf16 numbers, as A.
+under strong decays would be all there is to cancel.
 
 Every transposed operand comes from memory, none from registers: tl.trans of a product's result as
 the first operand of another is what Triton 3.4 to 3.7.0 compiles wrongly on sm_90.
@@ -42,7 +42,9 @@ def sweep_back(
 
     start: D after the segments if CUT, else after the sequences. Grid segments * H * V / VB.
     """
-    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, True)
+    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, V // VB, True
+    )
     if chunks == 0:
         return
     HQ = H * R
@@ -61,7 +63,7 @@ def sweep_back(
         t = chunks - 1 - n
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < rows - t * 64)[:, None]
+        live = (i < row_end - row)[:, None]
         at = sums + (chunk * H + head) * 128
         Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0).to(dtype)
         into = scale * tl.exp(tl.load(at + i))[:, None]
@@ -90,7 +92,7 @@ def score_gradient(
     do, v, g, blocks, da, own, scale,
     H,
     V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr, GRAD: tl.constexpr,
-    SPLIT: tl.constexpr, PREC: tl.constexpr,
+    PREC: tl.constexpr,
 ):  # fmt: skip
     """(2) for one block and query head; grid (blocks * HQ). If GRAD, its diagonal goes into own
     (blocks, HQ, 128) instead."""
@@ -121,12 +123,7 @@ def score_gradient(
         tl.store(own + pid * 128 + i, tl.sum(diagonal, 1) * scale)
     kept = i[:, None] > i[None, :] if GRAD else i[:, None] >= i[None, :]
     dA = tl.where(kept, dA * scale, 0.0)
-    da += pid * ((1 + SPLIT) * 128 * 128)
-    at = i[:, None] * 128 + i[None, :]
-    hi = dA.to(dtype)
-    tl.store(da + at, hi)
-    if SPLIT:
-        tl.store(da + 128 * 128 + at, dA - hi.to(tl.float32))
+    tl.store(da + pid * (128 * 128) + i[:, None] * 128 + i[None, :], dA)
 
 
 @triton.jit
@@ -134,7 +131,7 @@ def gradients(
     q, k, g, do, v, states, dstates, da, own, blocks, dq, dk, shares, through, scale,
     H,
     K: tl.constexpr, V: tl.constexpr, KB: tl.constexpr, VB: tl.constexpr, R: tl.constexpr,
-    GATE: tl.constexpr, GRAD: tl.constexpr, SPLIT: tl.constexpr, PREC: tl.constexpr,
+    GATE: tl.constexpr, GRAD: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """(3), (4) of one block, head and K tile; grid (blocks * H * K / KB).
 
@@ -198,11 +195,9 @@ def gradients(
         # does not join the reads: kept, they cost a block its place beside another
         Y = tl.load(k + at_k, mask=live, other=0.0).to(dtype)
         Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0).to(dtype)
-        da_r = da + (block * HQ + hq) * ((1 + SPLIT) * 128 * 128)
-        for part in range(1 + SPLIT):
-            M = tl.load(da_r + part * (128 * 128) + at_dA)
-            dQ = tl.dot(M, Y, dQ, input_precision=PREC)
-            dK = tl.dot(tl.trans(M), Q, dK, input_precision=PREC)
+        M = tl.load(da + (block * HQ + hq) * (128 * 128) + at_dA)
+        dQ = tl.dot(M, Y, dQ, input_precision=PREC)
+        dK = tl.dot(tl.trans(M), Q, dK, input_precision=PREC)
         if GRAD:
             tl.debug_barrier()
             Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0)

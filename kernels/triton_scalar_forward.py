@@ -115,7 +115,9 @@ def local_states(
     """
     NV: tl.constexpr = V // VB
     NK: tl.constexpr = K // KB
-    seg, _, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, NV * NK, REVERSE)
+    seg, _, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, NV * NK, REVERSE
+    )
     if (chunks == 0) | ends:
         return
     dtype: tl.constexpr = tl.bfloat16 if BF16 else tl.float32
@@ -130,7 +132,7 @@ def local_states(
     for n in range(chunks):
         t = (chunks - 1 - n) if REVERSE else n
         row = row0 + t * 64
-        live = (i < rows - t * 64)[:, None]
+        live = (i < row_end - row)[:, None]
         at = sums + ((block0 * 2 + t) * H + head) * 128
         end = tl.load(at + 63)
         factor = tl.exp(tl.load(at + i + (0 if REVERSE else 64)))
@@ -163,7 +165,9 @@ def sweep(
 
     start: states of the segments if CUT, else of the sequences. Grid segments * H * V / VB.
     """
-    seg, seq, head, tile, block0, chunks, row0, rows, ends = this_walk(segments, H, V // VB, False)
+    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, V // VB, False
+    )
     if chunks == 0:
         return
     HQ = H * R
@@ -181,7 +185,7 @@ def sweep(
     for t in range(chunks):
         chunk = block0 * 2 + t
         row = row0 + t * 64
-        live = (i < rows - t * 64)[:, None]
+        live = (i < row_end - row)[:, None]
         at = sums + (chunk * H + head) * 128
         W = tl.load(v + (row * H + head) * V + at_v, mask=live, other=0.0).to(dtype)
         Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0).to(dtype)

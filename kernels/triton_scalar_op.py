@@ -129,7 +129,8 @@ def gla_scalar(
     K, V = q.shape[3], v.shape[3]
     scale = K**-0.5 if scale is None else scale
     wide_k = padded_width(K, 64 if q.dtype == torch.bfloat16 else 16)
-    wide_v = padded_width(V, 16)
+    # tiles of 32 columns are miscompiled where K is wide, see triton_scalar.py
+    wide_v = padded_width(V, 64 if wide_k > 128 and q.dtype == torch.bfloat16 else 16)
     if wide_k != K:
         q, k = (F.pad(x, (0, wide_k - K)) for x in (q, k))
     if wide_v != V:
