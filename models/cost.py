@@ -50,8 +50,8 @@ def lm_cost(spec: LMSpec, T: int) -> LMCost:
     norm = Cost(params=d if spec.norm == "rmsnorm" else 2 * d)
     residual = Cost(moved=float(d))  # h is read once more; norm and sum are fused into products
     total = norm  # the last one, fused into the head's product
-    for mixer in spec.mixers:
-        total += norm + residual + mixer.cost(d, spec.rope, T)
+    for mixer, at in zip(spec.mixers, spec.depths, strict=True):
+        total += norm + residual + mixer.cost(d, spec.rope, T, at)
         if spec.short_conv is not None:
             total += ShortConv.cost(d, spec.short_conv)
         if spec.hidden:

@@ -12,6 +12,7 @@ holds all that later tokens need: a text read in pieces, or token by token, give
 """
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Literal, overload
 
 import torch
@@ -32,6 +33,7 @@ from glactl.models.layers import (
 )
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
+from glactl.models.mixers.base import Depth
 
 
 @dataclass
@@ -50,12 +52,12 @@ class LMState:
 class Block(nn.Module):
     """One layer: (2)."""
 
-    def __init__(self, spec: LMSpec, mixer: MixerSpec) -> None:
+    def __init__(self, spec: LMSpec, mixer: MixerSpec, at: Depth) -> None:
         super().__init__()
         d, norm = spec.d_model, RMSNorm if spec.norm == "rmsnorm" else LayerNorm
         self.norm = norm(d, spec.norm_eps)
         self.conv = None if spec.short_conv is None else ShortConv(d, spec.short_conv)
-        self.mixer = mixer.build(d, spec.rope, spec.norm_eps)
+        self.mixer = mixer.build(d, spec.rope, spec.norm_eps, at)
         self.ffn_norm = norm(d, spec.norm_eps) if spec.hidden else None
         self.ffn = GLU(d, spec.hidden, spec.ffn) if spec.hidden else None
         self.dropout = nn.Dropout(spec.dropout)
@@ -66,22 +68,32 @@ class Block(nn.Module):
         return self.mixer.initial_state(N, device, capacity) | conv
 
     def forward(
-        self, h: Tensor, state: State | None, cu_seqlens: Tensor | None, longest: int
+        self,
+        h: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        longest: int,
+        shared: Tensor | None,
     ) -> tuple[Tensor, State | None]:
-        """(B, T, d) -> (B, T, d), and the state after where one went in."""
+        """(B, T, d) -> (B, T, d), and the state after where one went in.
+
+        shared: this layer's row of what its kind of mixer shares; None: nothing.
+        """
         x, after = self.norm(h), None
         if self.conv is not None:
             x, after = self.conv(x, state, cu_seqlens)
-        y, mixed = self.mixer(x, state, cu_seqlens, longest)
+        more = () if shared is None else (shared,)
+        y, mixed = self.mixer(x, state, cu_seqlens, longest, *more)
         h = self._channels(h + self.dropout(y))
         return h, None if mixed is None else mixed | (after or {})
 
-    def step(self, h: Tensor, state: State, longest: int) -> Tensor:
+    def step(self, h: Tensor, state: State, longest: int, shared: Tensor | None) -> Tensor:
         """(N, d) -> (N, d); `state` is updated in place."""
         x = self.norm(h)
         if self.conv is not None:
             x = self.conv.step(x, state)
-        return self._channels(h + self.dropout(self.mixer.step(x, state, longest)))
+        more = () if shared is None else (shared,)
+        return self._channels(h + self.dropout(self.mixer.step(x, state, longest, *more)))
 
     def _channels(self, h: Tensor) -> Tensor:
         if self.ffn is None or self.ffn_norm is None:
@@ -101,7 +113,12 @@ class LM(nn.Module):
         learned = spec.positions == "learned" and spec.max_len is not None
         self.positions = nn.Embedding(spec.max_len or 0, d) if learned else None
         self.dropout = nn.Dropout(spec.embed_dropout)
-        self.blocks = nn.ModuleList(Block(spec, mixer) for mixer in spec.mixers)
+        layers = list(zip(spec.mixers, spec.depths, strict=True))
+        self.blocks = nn.ModuleList(Block(spec, mixer, at) for mixer, at in layers)
+        # one for all layers of a kind: that of its first layer
+        shared = {m.kind: m.shared(d, at.layers) for m, at in layers if at.layer == 0}
+        self.shared = nn.ModuleDict({k: part for k, part in shared.items() if part is not None})
+        self._rows = [(m.kind, at.layer) for m, at in layers]
         self.norm = (RMSNorm if spec.norm == "rmsnorm" else LayerNorm)(d, spec.norm_eps)
         self.head = nn.Linear(d, spec.vocab, bias=False)
         if spec.tie_embeddings:
@@ -172,9 +189,10 @@ class LM(nn.Module):
             h = h + self._position(place, 0 if cu_seqlens is not None else T).view_as(h)
         h = self.dropout(h)  # (1)
         layers: list[State] = []
+        shared = self._shared()
         for i, block in enumerate(self._blocks()):
             before = None if state is None else state.layers[i]
-            h, after = block(h, before, cu_seqlens, longest)  # (2)
+            h, after = block(h, before, cu_seqlens, longest, shared[i])  # (2)
             if after is not None:
                 layers.append(after)
         if state is None:
@@ -207,8 +225,8 @@ class LM(nn.Module):
         if self.positions is not None:
             h = h + self._position(state.position, 1)
         h = self.dropout(h)  # (1)
-        for block, layer in zip(self._blocks(), state.layers, strict=True):
-            h = block.step(h, layer, state.longest + 1)  # (2)
+        for block, layer, row in zip(self._blocks(), state.layers, self._shared(), strict=True):
+            h = block.step(h, layer, state.longest + 1, row)  # (2)
         state.position += 1
         state.longest += 1
         hidden: Tensor = self.norm(h)
@@ -221,6 +239,11 @@ class LM(nn.Module):
 
     def _blocks(self) -> list[Block]:
         return [b for b in self.blocks if isinstance(b, Block)]
+
+    def _shared(self) -> list[Tensor | None]:
+        """For each layer its row of what the layers of its kind share; None: nothing."""
+        rows = {kind: part() for kind, part in self.shared.items()}
+        return [rows[kind][row] if kind in rows else None for kind, row in self._rows]
 
     def _position(self, place: Tensor, least: int) -> Tensor:
         """Embeddings of these places, of which some sequence is known to have `least`."""
@@ -243,9 +266,9 @@ def build_lm(
     """The model of `spec` with fresh weights, in training mode.
 
     Weights of two or more axes are N(0, spec.std), those of a short convolution N(0, 1 / width),
-    those of norms 1, biases 0. They are drawn on the CPU in fp32 by a generator made of `seed`, so
-    they are the same on every device and, up to rounding, in every dtype; no other generator is
-    touched.
+    those of norms 1, biases 0; a module with a method start() then sets its own. They are drawn on
+    the CPU in fp32 by a generator made of `seed`, so they are the same on every device and, up to
+    rounding, in every dtype; no other generator is touched.
 
     Args:
         spec: with vocab_size set.
@@ -268,6 +291,9 @@ def build_lm(
             nn.init.normal_(p, std=std, generator=generator)
         else:
             nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+    for module in lm.modules():
+        if isinstance(start := getattr(module, "start", None), MethodType):
+            start()
     return lm.to(device=device, dtype=dtype)
 
 

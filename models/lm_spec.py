@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from glactl.models.layers import glu_hidden
 from glactl.models.mixers import MixerSpec
+from glactl.models.mixers.base import Depth
 from glactl.models.mixers.gla import GLA
 from glactl.models.spec import Spec
 
@@ -15,9 +16,10 @@ class LMSpec(Spec):
 
     mixer is one for all layers, or a list that is repeated over them. ffn is the channel mixer,
     ffn_hidden its inner width (None: about 8/3 d_model). positions: rope turns the queries and
-    keys of attention and touches no other mixer; learned adds a table of max_len rows to the
-    embeddings. embedding_scale multiplies the token embeddings. short_conv is the width of a causal
-    depthwise convolution in front of every mixer. vocab_size None is filled in from the data.
+    keys of attention, retnet and abc and touches no other mixer; learned adds a table of max_len
+    rows to the embeddings. embedding_scale multiplies the token embeddings. short_conv is the width
+    of a causal depthwise convolution in front of every mixer. vocab_size None is filled in from the
+    data.
     """
 
     d_model: int = Field(128, ge=1)
@@ -57,7 +59,7 @@ class LMSpec(Spec):
 
     @property
     def rope(self) -> bool:
-        """Whether attention turns its queries and keys."""
+        """Whether mixers with rotary positions turn their queries and keys."""
         return self.positions == "rope"
 
     @property
@@ -65,6 +67,12 @@ class LMSpec(Spec):
         """The mixer of every layer."""
         cycle = self.mixer if isinstance(self.mixer, list) else [self.mixer]
         return cycle * (self.n_layers // len(cycle))
+
+    @property
+    def depths(self) -> list[Depth]:
+        """Where every layer stands among the layers of its kind."""
+        kinds = [mixer.kind for mixer in self.mixers]
+        return [Depth(kinds[:i].count(kind), kinds.count(kind)) for i, kind in enumerate(kinds)]
 
     @property
     def hidden(self) -> int:

@@ -2,11 +2,15 @@
 
 A mixer is an nn.Module with a nested Spec. The spec has a `kind` of its own and
 
-    check(d_model, rope)      raises ValueError where the layer cannot be built
-    build(d_model, rope, eps) makes it; rope: models with rotary positions; eps: of norms in it
-    cost(d_model, rope, T)    layers.Cost
+    check(d_model, rope)          raises ValueError where the layer cannot be built
+    build(d_model, rope, eps, at) makes it; rope: models with rotary positions; eps: of norms in it
+    cost(d_model, rope, T, at)    layers.Cost
+    shared(d_model, layers)       None, or a module that the model has once for all layers of this
+                                  kind: called without arguments it gives a row for each of them,
+                                  which forward and step then take as a last argument
 
-and the module, for x (B, T, d) and a state that is a dict of tensors with the sequences first,
+at, a base.Depth, is the layer's number among those of its kind. The module has, for x (B, T, d) and
+a state that is a dict of tensors with the sequences first,
 
     forward(x, state=None, cu_seqlens=None, longest=None) -> (y, the state after | None)
     step(x (N, d), state, longest=None) -> y (N, d), with the state updated in place
@@ -14,16 +18,22 @@ and the module, for x (B, T, d) and a state that is a dict of tensors with the s
 
 longest, a number that the host knows, is at least the tokens of the longest sequence after the
 call; without it a mixer that wants it may wait for the device. capacity is the tokens that a state
-which grows has room for from the start.
+which grows has room for from the start. Weights that do not begin as `build_lm` draws them are set
+by a method start() of the module that has them.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias, get_args
 
 from pydantic import BeforeValidator, Field
 
+from glactl.models.mixers.abc import ABC
 from glactl.models.mixers.attention import Attention
 from glactl.models.mixers.gla import GLA
 from glactl.models.mixers.gsa import GSA
+from glactl.models.mixers.hgrn2 import HGRN2
+from glactl.models.mixers.linear import LinearAttention
+from glactl.models.mixers.retnet import RetNet
+from glactl.models.mixers.transnormer import TransNormer
 
 __all__ = ["KINDS", "MIXERS", "MixerSpec"]
 
@@ -31,6 +41,11 @@ _Spec: TypeAlias = (
     Attention.Spec  # softmax attention, the baseline
     | GLA.Spec  # gated linear attention
     | GSA.Spec  # gated slot attention
+    | LinearAttention.Spec  # linear attention without a gate
+    | RetNet.Spec  # retention
+    | TransNormer.Spec  # TransNormerLLM's linear attention
+    | HGRN2.Spec  # HGRN2
+    | ABC.Spec  # attention with bounded memory control
 )
 
 MIXERS = get_args(_Spec)

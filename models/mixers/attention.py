@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from glactl.models import spec
 from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost, rotate
+from glactl.models.mixers import base
+from glactl.models.mixers.base import ALONE, INT64, Depth
 from glactl.models.varlen import varlen
 
 GROWTH = 64  # tokens that a full state grows by, so that few steps copy it
-INT64 = 8  # bytes
 STATE = ("k", "v", "length")
 
 
@@ -45,7 +46,7 @@ class Attention(nn.Module):
     token p is in row p % window until it is written over. Rows without a token are never read.
     """
 
-    class Spec(spec.Spec):
+    class Spec(base.Spec):
         """window counts the tokens seen, the present one among them; None: all."""
 
         kind: Literal["attention"] = "attention"
@@ -58,22 +59,19 @@ class Attention(nn.Module):
             """Raise ValueError where the layer cannot be built."""
             spec.divides("heads", self.heads, "d_model", d_model)
             spec.divides("kv_heads", self.groups, "heads", self.heads)
-            if rope and d_model // self.heads % 2:
-                raise ValueError(
-                    f"positions rope needs heads of an even width, not {d_model // self.heads} "
-                    f"(d_model {d_model} / heads {self.heads})"
-                )
+            if rope:
+                base.even_heads(d_model // self.heads, d_model, self.heads)
 
         @property
         def groups(self) -> int:
             """Heads with keys and values."""
             return self.kv_heads or self.heads
 
-        def build(self, d_model: int, rope: bool, eps: float) -> "Attention":
+        def build(self, d_model: int, rope: bool, eps: float, at: Depth = ALONE) -> "Attention":
             """The layer; there is no norm in it that would take eps."""
             return Attention(d_model, self, rope)
 
-        def cost(self, d_model: int, rope: bool, T: int) -> Cost:
+        def cost(self, d_model: int, rope: bool, T: int, at: Depth = ALONE) -> Cost:
             """Of the layer, at T tokens: 4 d per token seen, the state of all tokens seen."""
             W = min(T, self.window or T)
             seen = (W * (W + 1) / 2 + (T - W) * W) / max(T, 1)  # mean over the tokens

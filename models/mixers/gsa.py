@@ -11,12 +11,21 @@ For x_t (d), heads h of width D = d / heads, M slots a head:
 No product has a bias; the norm spans the full width d, after the silu. With kv_heads, that many
 heads have k, v, a and the slots, and each is read by heads / kv_heads heads of q.
 
+The paper's ablations (Table 2) change the decay of (3), with the writes 1 - a_t as they are, or
+what stands in the place of the softmax:
+
+    decay "fixed": 1 - 2^(-5-h) in the place of a_t      decay "none": 1                (5)
+    read "linear", "swish", "relu", "relu2": z, silu(z), max(z, 0), max(z, 0)^2
+    of z = Sk_t^T q_t, in the place of softmax(z)                                      (6)
+
 Source: Zhang et al. 2024, arXiv:2409.07146, Sec. 3 and App. C. Where the paper contradicts itself
 or its code: the decay is on the slots in both halves of (3), as in Eq. 6 (Eq. 7 prints the gated
 axes swapped); the logits are not scaled, as in Eq. 6 (the code's operator, left alone, divides by
-sqrt(D)); W_a has full rank, unlike GLA's.
+sqrt(D)); W_a has full rank, unlike GLA's. Which decay does not depend on the data the paper does
+not say, (5) is RetNet's; its row "without decay" is named ABC, which is a mixer of its own here.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -24,11 +33,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from glactl.kernels import gsa_step
-from glactl.kernels.compiled import gsa
+from glactl.kernels import gla_step, gsa_step
+from glactl.kernels.compiled import gla, gsa
 from glactl.models import spec
 from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate, wide
-from glactl.models.mixers.gla import mixing_cost
+from glactl.models.mixers import base
+from glactl.models.mixers.base import ALONE, Depth, fixed_decay, mixing_cost
+
+READS: dict[str, Callable[[Tensor], Tensor]] = {  # (6)
+    "linear": lambda z: z,
+    "swish": F.silu,
+    "relu": F.relu,
+    "relu2": lambda z: F.relu(z).square(),
+}
 
 
 class GSA(nn.Module):
@@ -38,14 +55,16 @@ class GSA(nn.Module):
     are; 0 at the start, of one size whatever the number of tokens.
     """
 
-    class Spec(spec.Spec):
-        """slots are of each head; gate_normalizer above 1 forgets slower."""
+    class Spec(base.Spec):
+        """slots are of each head; gate_normalizer above 1 forgets slower; decay: (5), read: (6)."""
 
         kind: Literal["gsa"] = "gsa"
         heads: int = Field(4, ge=1)
         kv_heads: int | None = Field(None, ge=1)  # None: heads
         slots: int = Field(64, ge=1)
         gate_normalizer: float = Field(8.0, gt=0)
+        decay: Literal["data", "fixed", "none"] = "data"
+        read: Literal["softmax", "linear", "swish", "relu", "relu2"] = "softmax"
 
         def check(self, d_model: int, rope: bool) -> None:
             """Raise ValueError where the layer cannot be built; rope has no effect here."""
@@ -57,11 +76,11 @@ class GSA(nn.Module):
             """Heads with slots."""
             return self.kv_heads or self.heads
 
-        def build(self, d_model: int, rope: bool, eps: float) -> "GSA":
+        def build(self, d_model: int, rope: bool, eps: float, at: Depth = ALONE) -> "GSA":
             """The layer; eps is the norm's."""
             return GSA(d_model, self, eps)
 
-        def cost(self, d_model: int, rope: bool, T: int) -> Cost:
+        def cost(self, d_model: int, rope: bool, T: int, at: Depth = ALONE) -> Cost:
             """Of the layer, at T tokens: (3) is two passes of linear attention round a softmax."""
             D, H, G, M = d_model // self.heads, self.heads, self.groups, self.slots
             projections = linear_cost(d_model, H * D + G * (2 * D + M))
@@ -73,6 +92,7 @@ class GSA(nn.Module):
         super().__init__()
         self.heads, self.groups, self.slots = s.heads, s.groups, s.slots
         self.normalizer, self.D = s.gate_normalizer, d_model // s.heads
+        self.decay, self.weigh = s.decay, READS.get(s.read)
         self.q = nn.Linear(d_model, d_model, bias=False)
         self.k = nn.Linear(d_model, s.groups * self.D, bias=False)
         self.v = nn.Linear(d_model, s.groups * self.D, bias=False)
@@ -106,8 +126,17 @@ class GSA(nn.Module):
             y (B, T, d), and the state after, None where none went in.
         """
         q, k, v, a = self._project(x)
+        w, g = self._gates(a)
         initial = None if state is None else (state["k"], state["v"])
-        o, last = gsa(q, k, v, a, initial, state is not None, cu_seqlens)  # (3)
+        keep = state is not None
+        if self.weigh is None:
+            o, last = gsa(q, k, v, g, initial, keep, cu_seqlens, s=w)  # (3)
+        else:
+            Sk, Sv = initial or (None, None)
+            w = -a.expm1() if w is None else w
+            z, Sk = gla(q, k, w, g, Sk, keep, cu_seqlens, axis="gv", scale=1.0)
+            o, Sv = gla(self.weigh(z), w, v, g, Sv, keep, cu_seqlens, axis="gk", scale=1.0)  # (6)
+            last = None if Sk is None or Sv is None else (Sk, Sv)
         if last is None:
             return self._read(o), None
         # a step writes in place, and an engine that pads its widths returns views
@@ -116,7 +145,19 @@ class GSA(nn.Module):
     def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place."""
         q, k, v, a = self._project(x)
-        return self._read(gsa_step(q, k, v, None, a, (state["k"], state["v"])))  # (3)
+        w, g = self._gates(a)
+        if self.weigh is None:
+            return self._read(gsa_step(q, k, v, w, g, (state["k"], state["v"])))  # (3)
+        w = -a.expm1() if w is None else w
+        z = gla_step(q, k, w, state["k"], gv=g, scale=1.0)
+        return self._read(gla_step(self.weigh(z), w, v, state["v"], gk=g, scale=1.0))  # (6)
+
+    def _gates(self, a: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """The writes, None where they are 1 - a of the decay, and the log decay; like log a."""
+        if self.decay == "data":
+            return None, a
+        fixed = fixed_decay(self.groups, a)[:, None].expand_as(a)
+        return -a.expm1(), fixed if self.decay == "fixed" else None  # (5)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (..., heads, D), k and v (..., kv_heads, D), log a (..., kv_heads, M)."""

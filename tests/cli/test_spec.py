@@ -5,8 +5,11 @@ import re
 import pytest
 import yaml
 
+from glactl.models.mixers import KINDS
 from glactl.spec import RunSpec, SpecError, json_schema, load, presets, resolved_yaml, spec_hash
 from glactl.spec_source import Source
+
+NAMES = ", ".join(KINDS)
 
 
 @pytest.fixture
@@ -34,15 +37,15 @@ ERRORS = [  # the spec, and the error behind "spec.yaml:"
     ),
     (
         "model:\n  mixer: {kind: glaa}",
-        "2: model.mixer.kind is 'glaa'; allowed: attention, gla, gsa; did you mean gla?",
+        f"2: model.mixer.kind is 'glaa'; allowed: {NAMES}; did you mean gla?",
     ),
     (
         "model: {mixer: glaa}",
-        "1: model.mixer.kind is 'glaa'; allowed: attention, gla, gsa; did you mean gla?",
+        f"1: model.mixer.kind is 'glaa'; allowed: {NAMES}; did you mean gla?",
     ),
     (
         "model: {mixer: [gla, gsaa]}",
-        "1: model.mixer.1.kind is 'gsaa'; allowed: attention, gla, gsa; did you mean gsa?",
+        f"1: model.mixer.1.kind is 'gsaa'; allowed: {NAMES}; did you mean gsa?",
     ),
     ("data: {kind: txt}", "1: data.kind is 'txt'; allowed: text, mqar; did you mean text?"),
     ("data: {seq_len: 3}", "1: data has no kind; allowed: text, mqar"),
@@ -165,7 +168,7 @@ SETS = [  # the spec, the change, and the path and value that result, or the err
     ("{}", "lr=3", "lr is not a field of RunSpec; did you mean optim.lr?"),
     ("{}", "model.d_model=x", "model.d_model is 'x'; allowed: an integer"),
     ("model: {mixer: gla}", "model.mixer.slots=2", "model.mixer.slots is not a field of GLA"),
-    ("{}", "model.mixer=gsaa", "model.mixer.kind is 'gsaa'; allowed: attention, gla, gsa"),
+    ("{}", "model.mixer=gsaa", f"model.mixer.kind is 'gsaa'; allowed: {NAMES}"),
     (
         "model: {mixer: [gla, gsa]}",
         "model.mixer.4.slots=2",

@@ -14,12 +14,14 @@ from typer.testing import CliRunner
 from glactl import console
 from glactl.cli import app
 from glactl.models.cost import lm_cost
+from glactl.models.mixers import KINDS
 from glactl.spec import spec_hash
 from glactl.sweep_grid import make_grid, presets
 from glactl.sweep_report import edge_warnings, summarise
 from glactl.sweep_results import Outcome, Result, Results, pending
 from glactl.train import Step, Stopped, train, with_vocab
 
+NAMES = ", ".join(KINDS)
 TINY = {
     "dims": [16],
     "lrs": [1e-2, 1e-3, 1e-1],
@@ -271,8 +273,7 @@ ERRORS = [
     (["--mixers", ","], "--mixers is ','; allowed: names, attention,gla"),
     (
         ["--mixers", "gsaa"],
-        "--mixers gsaa: model.mixer.kind is 'gsaa'; allowed: attention, gla, gsa; "
-        "did you mean gsa?",
+        f"--mixers gsaa: model.mixer.kind is 'gsaa'; allowed: {NAMES}; did you mean gsa?",
     ),
     (["--dims", "15"], r"--mixers gla --dims 15: model: mixer gla: .*d_model 15.*"),
     (["--dims", "18"], r"--mixers gla --dims 18: model: mixer gla: .*heads 2 .*9.*"),

@@ -28,6 +28,27 @@ MODELS |= {
             "output_gate": False,
         }
     },
+    "gla, one decay a head": {"mixer": {"kind": "gla", "kv_heads": 2, "gate": "scalar"}},
+    "gla, fixed decay": {"mixer": {"kind": "gla", "gate": "fixed"}},
+    "gla, no gate": {"mixer": {"kind": "gla", "gate": "none", "feature_map": "swish"}},
+    "gsa, fixed decay": {"mixer": {"kind": "gsa", "kv_heads": 2, "slots": 5, "decay": "fixed"}},
+    "gsa, no decay": {"mixer": {"kind": "gsa", "slots": 5, "decay": "none"}},
+    "gsa, linear read": {"mixer": {"kind": "gsa", "slots": 5, "read": "linear"}},
+    "gsa, two changes": {
+        "mixer": {"kind": "gsa", "kv_heads": 2, "slots": 5, "read": "swish", "decay": "none"}
+    },
+    "linear, elu": {"mixer": {"kind": "linear", "expand_v": 0.5, "feature_map": "elu"}},
+    "retnet, no rotation": {"mixer": {"kind": "retnet", "heads": 2}, "positions": "none"},
+    "transnormer, all": {
+        "mixer": {"kind": "transnormer", "heads": 2, "decay": "lightning", "lrpe": "all"}
+    },
+    "hgrn2, narrow heads": {"n_layers": 3, "mixer": {"kind": "hgrn2", "expand_ratio": 4}},
+    "abc, cumulative": {
+        "mixer": {"kind": "abc", "variant": "cumulative", "slots": 5},
+        "positions": "none",
+    },
+    "kinds": {"n_layers": 4, "mixer": ["hgrn2", "transnormer", "hgrn2", "retnet"]},
+    "one hgrn2": {"n_layers": 2, "mixer": ["hgrn2", "linear"]},
     "few slots": {"mixer": {"kind": "gsa", "heads": 1, "slots": 3}, "tie_embeddings": True},
     "hybrid": {
         "n_layers": 3,

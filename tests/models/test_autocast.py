@@ -15,6 +15,17 @@ MODELS = {
     "attention": {"mixer": "attention"},
     "window": {"mixer": {"kind": "attention", "window": 4}},
     "short_conv": {"mixer": ["gla", "attention"], "short_conv": 3},
+    "decays": {
+        "n_layers": 4,
+        "mixer": ["retnet", "transnormer", "linear", {"kind": "gla", "gate": "scalar"}],
+    },
+    "bounds": {"n_layers": 4, "mixer": ["hgrn2", "abc"]},
+    "changes": {
+        "mixer": [
+            {"kind": "gsa", "slots": 16, "decay": "fixed"},
+            {"kind": "gsa", "slots": 16, "read": "swish"},
+        ]
+    },
 }
 BF16 = torch.finfo(torch.bfloat16).eps
 
@@ -98,11 +109,11 @@ def test_operators_do_not_change(dtype):
 
 @pytest.mark.parametrize("name", ["gla", "gsa"])
 def test_layers_hand_wide_gates_and_narrow_products_to_the_operator(name, monkeypatch):
-    module = sys.modules[f"glactl.models.mixers.{name}"]
+    module = sys.modules[f"glactl.models.mixers.{'base' if name == 'gla' else name}"]
     seen, operator = [], getattr(module, name)
 
-    def spy(q, k, v, g, *rest):
-        o, last = operator(q, k, v, g, *rest)
+    def spy(q, k, v, g, *rest, **more):
+        o, last = operator(q, k, v, g, *rest, **more)
         seen.append([x.dtype for x in (q, k, v, g, o)])
         return o, last
 

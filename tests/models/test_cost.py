@@ -4,6 +4,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec, build_lm
+from glactl.models.mixers import KINDS
 
 
 def paper(mixer, **fields):
@@ -89,12 +90,36 @@ def test_numbers_by_hand():
 
 
 def test_linear_mixers_cost_the_same_at_any_length():
-    for mixer in ("gla", "gsa"):
+    for mixer in KINDS[1:]:
         short, long = (lm_cost(paper(mixer), T) for T in (64, 65_536))
         assert short == long
     short, long = (lm_cost(paper("attention"), T) for T in (64, 65_536))
     assert long.flops_token > 3 * short.flops_token
     assert long.state_bytes > 1000 * short.state_bytes
+
+
+PASSES = {  # of linear attention, with d_model 16 and 2 heads: widths of keys and values
+    "gla": [(4, 8)],
+    "gsa": [(8, 64), (64, 8)],
+    "linear": [(8, 8)],
+    "retnet": [(8, 16)],
+    "transnormer": [(16, 8)],  # a first layer, whose learnt positions double the keys
+    "hgrn2": [(8, 8)],
+    "abc": [(4, 64), (64, 8)],
+}
+
+
+@pytest.mark.parametrize("kind", PASSES)
+def test_products_are_all_matrices_and_the_mixing(kind):
+    mixer = {"kind": kind} | ({"expand_ratio": 8} if kind == "hgrn2" else {"heads": 2})
+    spec = LMSpec.model_validate(
+        {"d_model": 16, "n_layers": 1, "vocab_size": 11, "mixer": mixer, "ffn_hidden": 24}
+    )
+    matrices = (m for m in build_lm(spec, 0).modules() if isinstance(m, torch.nn.Linear))
+    weights = sum(m.weight.numel() for m in matrices)
+    T = 40  # one chunk
+    mixing = sum(2 * (2 * T * (K + V) + 4 * K * V) for K, V in PASSES[kind])
+    assert lm_cost(spec, T).flops_token == 2 * weights + mixing
 
 
 def test_arguments_out_of_range():

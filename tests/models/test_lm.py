@@ -82,10 +82,18 @@ def test_a_list_of_mixers_is_repeated():
     assert model(mixer="gsa") != model(mixer=["gsa"])
 
 
+def test_layers_are_counted_by_kind():
+    spec = model(n_layers=6, mixer=["gla", "hgrn2", {"kind": "gla", "heads": 2}])
+    assert [(at.layer, at.layers) for at in spec.depths] == [
+        *[(0, 4), (0, 2), (1, 4)],
+        *[(2, 4), (1, 2), (3, 4)],
+    ]
+
+
 def test_the_schema_takes_a_mixer_by_name():
     schema = TypeAdapter(MixerSpec).json_schema()
     assert {"const", "enum"} & {key for branch in schema["anyOf"] for key in branch}
-    assert KINDS == ("attention", "gla", "gsa")
+    assert KINDS[:3] == ("attention", "gla", "gsa")
     assert len(MIXERS) == len(KINDS)
 
 
@@ -251,7 +259,8 @@ def test_small_models_learn_to_copy(mixer):
     A model that knows nothing but the eight guesses one in eight.
     """
     data = {"d_model": 64, "n_layers": 2, "vocab_size": 16, "short_conv": 3, "init_std": 0.1}
-    spec = LMSpec.model_validate(data | {"mixer": {"kind": mixer, "heads": 2}})
+    heads = {"expand_ratio": 32} if mixer == "hgrn2" else {"heads": 2}
+    spec = LMSpec.model_validate(data | {"mixer": {"kind": mixer} | heads})
     lm = build_lm(spec, 0)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, betas=(0.9, 0.95))
     for step in range(500):
