@@ -97,7 +97,9 @@ WAYS = [
 
 
 @pytest.mark.skipif(CUDA, reason="looks into the interpreter")
-@pytest.mark.parametrize(("gate", "R", "ways"), WAYS, ids=str)
+@pytest.mark.parametrize(
+    ("gate", "R", "ways"), WAYS, ids=lambda x: str(sorted(x) if isinstance(x, set) else x)
+)
 def test_each_tile_takes_the_way_its_gates_need(monkeypatch, gate, R: int, ways: set) -> None:
     taken = set()
 
