@@ -149,14 +149,16 @@ def results(op: Op, xs: Sequence[Tensor], do: Tensor) -> dict[str, list[Tensor]]
     leaves = [x.detach().requires_grad_() for x in xs]
     o, final = op(*leaves, output_final_state=True)
     grads = torch.autograd.grad(o, leaves, do)
-    state = list(final) if isinstance(final, tuple) else [final]
+    state = list(final) if isinstance(final, (tuple, list)) else [final]
     names = ("dq", "dk", "dv", "dg")
     return {"o": [o], "state": state} | {n: [x] for n, x in zip(names, grads, strict=False)}
 
 
-def errors(case: Case, ops: dict[str, Op], kind: str) -> dict[str, dict[str, float]]:
+def errors(
+    case: Case, ops: dict[str, Op], kind: str, gates: torch.dtype
+) -> dict[str, dict[str, float]]:
     """Relative errors of o, final state and gradients, for each engine."""
-    xs = case.inputs(1, ERROR_T, kind, torch.bfloat16)
+    xs = case.inputs(1, ERROR_T, kind, gates)
     do = torch.randn(1, ERROR_T, case.H, case.V, device="cuda", dtype=torch.bfloat16)
     truth = results(reference(case), [x.double() for x in xs], do.double())
 
@@ -278,8 +280,9 @@ def main() -> None:
                 about["results"].append(row | run(case, ops, T, normalizer, gates, args.kernels))
                 print(json.dumps(about["results"][-1]), flush=True)
             if args.errors and case.kind != "attention":
-                found = errors(case, ops, normalizer)
-                row = {"case": name, "normalizer": normalizer, "errors": found}
+                found = errors(case, ops, normalizer, gates)
+                row = {"case": name, "normalizer": normalizer, "gates": args.gates}
+                row["errors"] = found
                 about["results"].append(row)
                 print(json.dumps(row), flush=True)
             if args.write:
