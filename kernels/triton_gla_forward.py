@@ -26,23 +26,6 @@ import triton.language as tl
 
 from glactl.kernels.triton_segments import this_walk
 
-FLOOR = tl.constexpr(-1e4)  # stands for -inf where gates are multiplied by 0; e^FLOOR is 0
-
-
-@triton.jit
-def sums(selected, g, dtype: tl.constexpr):
-    """The 0/1 matrix `selected` times g, to 2^-17 of each term (dtype bf16) or in fp32.
-
-    A product, not a scan: a scan across warps costs some 8 shared loads an element.
-    """
-    if dtype == tl.bfloat16:
-        M, hi = selected.to(tl.bfloat16), g.to(tl.bfloat16)
-        out = tl.dot(M, hi)
-        out = tl.dot(M, (g - hi.to(tl.float32)).to(tl.bfloat16), out)
-    else:
-        out = tl.dot(selected, g, input_precision="tf32x3")
-    return out
-
 
 @triton.jit
 def store_scores(A, a):
@@ -105,20 +88,6 @@ def prepare(
             tl.store(kh + at_h + at, Y * middle)
         A = tl.dot(Q, tl.trans(Y), A, input_precision=PREC)
     store_scores(A, a + pid * 64 * 64)
-
-
-@triton.jit
-def start_state(
-    S, local, decay, head, first, last, H, kk, vv,
-    K: tl.constexpr, V: tl.constexpr, REVERSE: tl.constexpr,
-):  # fmt: skip
-    """S carried through segments first..last-1 (REVERSE: last-1..first): S = e^decay S + local."""
-    for n in range(last - first):
-        m = (last - 1 - n) if REVERSE else (first + n)
-        at = m * H + head
-        d = tl.exp(tl.load(decay + at * K + kk))
-        S = S * d[:, None] + tl.load(local + at * (K * V) + kk[:, None] * V + vv[None, :])
-    return S
 
 
 @triton.jit

@@ -39,32 +39,32 @@ import triton
 import triton.language as tl
 
 from glactl.kernels.triton_gla_backward import products
-from glactl.kernels.triton_gla_forward import FLOOR, store_scores, sums
+from glactl.kernels.triton_gla_forward import store_scores
 
 
 @triton.jit
-def sibling_sums(g, level, N: tl.constexpr, dtype: tl.constexpr):
-    """For each of N rows the sum of g over the other half of its block of 2^(level+1) rows."""
-    i = tl.arange(0, N) >> level
-    sibling = tl.where((i ^ 1)[:, None] == i[None, :], 1.0, 0.0)
-    g = tl.maximum(g.to(tl.float32), FLOOR).to(g.dtype)  # 0 * -inf would be NaN
-    if (dtype == tl.bfloat16) & (g.dtype == tl.bfloat16):
-        out = tl.dot(sibling.to(tl.bfloat16), g)
-    else:
-        out = sums(sibling, g.to(tl.float32), dtype)
-    return out
+def sibling_sums(g, level, N: tl.constexpr):
+    """For each of N rows the sum of g over the other half of its block of 2^(level+1) >= 32 rows.
+
+    By sums over 16 rows, of which each row wants a few; no product: a matrix times fewer than 64
+    columns from registers is what Triton 3.6 lets read past the end of shared memory.
+    """
+    G: tl.constexpr = N // 16
+    sixteens = tl.sum(tl.reshape(g.to(tl.float32), (G, 16, g.shape[1])), 1)
+    half = tl.arange(0, G) >> (level - 4)
+    sibling = (half ^ 1)[:, None] == half[None, :]
+    out = tl.sum(tl.where(sibling[:, :, None], sixteens[None, :, :], 0.0), 1)
+    return tl.reshape(tl.broadcast_to(out[:, None, :], (G, 16, g.shape[1])), g.shape)
 
 
 @triton.jit
-def prefix_sums(g, N: tl.constexpr, dtype: tl.constexpr):
-    """For each of N rows the sum of g over the rows up to it."""
-    i = tl.arange(0, N)
-    upto = tl.where(i[:, None] >= i[None, :], 1.0, 0.0)
-    if (dtype == tl.bfloat16) & (g.dtype == tl.bfloat16):
-        out = tl.dot(upto.to(tl.bfloat16), g)
-    else:
-        out = sums(upto, g.to(tl.float32), dtype)
-    return out
+def prefix_sums(g, N: tl.constexpr):
+    """For each of N rows the sum of g over the rows up to it; in 16s, then over them."""
+    g = g.to(tl.float32)
+    rows = tl.reshape(g, (N // 16, 16, g.shape[1]))
+    sixteens = tl.sum(rows, 1)
+    before = tl.cumsum(sixteens, 0) - sixteens
+    return tl.reshape(tl.cumsum(rows, 1) + before[:, None, :], g.shape)
 
 
 @triton.jit
@@ -94,7 +94,6 @@ def prepare_exact(
     c = tl.arange(0, KB)
     rows = all_rows - 64 * half
     live = (i < rows)[:, None]
-    dtype = qh.dtype.element_ty
     q += (row * HQ + hq) * K
     k += (row * H + head) * K
     g += (row * H + head) * K
@@ -131,16 +130,16 @@ def prepare_exact(
                 after += tl.load(g + at_k + d * (H * K), mask=pair, other=0.0).to(tl.float32)
             E = tl.exp(tl.where(upper16, before, after))
             to_q, to_k = tl.where(upper16, E, 0.0), tl.where(upper16, 0.0, E)
-            sibling = sibling_sums(G1, 4, 64, dtype)
+            sibling = sibling_sums(G1, 4, 64)
             before += tl.where(upper16, sibling, 0.0)  # (6)
             after += tl.where(upper16, 0.0, sibling)
             E = tl.exp(tl.where(upper, before, after))
-            sibling = sibling_sums(G1, 5, 64, dtype)
+            sibling = sibling_sums(G1, 5, 64)
             before += tl.where(upper, sibling, 0.0)
             after += tl.where(upper, 0.0, sibling)
             shifts = 16
         else:
-            before = prefix_sums(G1, 64, dtype)
+            before = prefix_sums(G1, 64)
             after = end[None, :] - before
             D = before - low[None, :]
             E = tl.exp(tl.where(upper, D, -D))
@@ -301,7 +300,7 @@ def exact_tile(
                 E = tl.exp(tl.where(upper, before, after))
                 dQ, dK, Z = meet(da_r, level, Q, Y, E, dQ, dK, Z, SPLIT, PREC)
                 G1 = tl.load(g + at_k, mask=live, other=0.0)
-                sibling = sibling_sums(G1, level, 128, dtype)
+                sibling = sibling_sums(G1, level, 128)
                 before += tl.where(upper, sibling, 0.0)  # (6)
                 after += tl.where(upper, 0.0, sibling)
             into = tl.load(dqs + r * (128 * K) + at).to(tl.float32)

@@ -39,6 +39,7 @@ from glactl.kernels import triton_gsa_backward as backward_kernels
 from glactl.kernels import triton_gsa_forward as forward_kernels
 from glactl.kernels.triton_gla import operand_dtype
 from glactl.kernels.triton_layout import BLOCK, Layout, cut
+from glactl.kernels.triton_segments import carried
 
 MOST_SLOTS = {torch.bfloat16: 256, torch.float32: 128}  # by operands: what shared memory holds
 
@@ -219,20 +220,20 @@ def walk(
     """
     t, width = p.tiles.walk, p.K + p.V
     n = len(p.layout.segments)
-    local, decay = p.new(0), p.new(0)
+    cut, local, decay = p.layout.split, p.new(0), p.new(0)
     if last is not None:  # what a sequence without rows leaves
         last.copy_(start) if start is not None else last.zero_()
-    if p.layout.split:
+    if cut:
         local = p.new(n, p.H, p.M, width, dtype=torch.float32)
         decay = p.new(n, p.H, p.M, dtype=torch.float32)
-    for summary in (True, False) if p.layout.split else (False,):
+    for summary in (True, False) if cut else (False,):
+        if cut and not summary:
+            start = carried(p.layout, local, decay, start, reverse)
         forward_kernels.walk[(n * p.H * (width // t.columns),)](
-            x1, y1, x2, y2, ge, p.layout.segments, p.layout.bounds, start, local, decay, states,
-            last, p.H,
+            x1, y1, x2, y2, ge, p.layout.segments, start, local, decay, states, last, p.H,
             M=p.M, W1=p.K, W2=p.V, WB=t.columns, R=p.R if reverse else 1, REVERSE=reverse,
-            SUMMARY=summary, INITIAL=start is not None and not summary,
-            LOCAL=p.layout.split and not summary, LAST=last is not None and not summary,
-            PREC=p.prec, **t.options,
+            SUMMARY=summary, START=start is not None and not summary, CUT=cut,
+            LAST=last is not None and not summary, PREC=p.prec, **t.options,
         )  # fmt: skip
 
 

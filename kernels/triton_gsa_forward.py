@@ -25,7 +25,6 @@ two leaves the other's blocks alone.
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_gla_forward import start_state
 from glactl.kernels.triton_gsa_pairs import (
     add_mix,
     add_scores,
@@ -37,6 +36,7 @@ from glactl.kernels.triton_gsa_pairs import (
     sums_after,
     sums_before,
 )
+from glactl.kernels.triton_segments import this_walk
 
 
 @triton.jit
@@ -81,36 +81,26 @@ def slots(
 
 @triton.jit
 def walk(
-    x1, y1, x2, y2, ge, segments, bounds, s0, local, decay, states, last,
+    x1, y1, x2, y2, ge, segments, start, local, decay, states, last,
     H,
     M: tl.constexpr, W1: tl.constexpr, W2: tl.constexpr, WB: tl.constexpr, R: tl.constexpr,
-    REVERSE: tl.constexpr, SUMMARY: tl.constexpr, INITIAL: tl.constexpr, LOCAL: tl.constexpr,
+    REVERSE: tl.constexpr, SUMMARY: tl.constexpr, START: tl.constexpr, CUT: tl.constexpr,
     LAST: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
     """S = diag(e^Ge) S + x^T y over the blocks of a segment, from its last block if REVERSE.
 
     S (M, W1 + W2) is [x1^T y1 | x2^T y2], WB columns of it a program; x (blocks, H R, 128, M),
-    y rows of (H R, W). Stores S before each step, and LAST after the sequence's end. SUMMARY:
-    starts from zero and stores only `local`, what the segment adds, and `decay`, for the walks
-    that LOCAL then starts from them. Grid segments * H * tiles.
+    y rows of (H R, W). START: from start, of the segments if CUT, else of the sequences. Stores S
+    before each step, and LAST after the sequence's end. SUMMARY: starts from zero and stores only
+    `local`, what the segment adds, and `decay`, for `carry`. Grid segments * H * tiles.
     """
-    pid = tl.program_id(0).to(tl.int64)
     W: tl.constexpr = W1 + W2
-    NW: tl.constexpr = W // WB
-    tile = pid % NW
-    head = (pid // NW) % H
-    seg = pid // (NW * H)
-    count = tl.load(segments + 6 * seg + 1)
-    if count == 0:
+    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
+        segments, H, W // WB, REVERSE
+    )
+    if chunks == 0:
         return
-    block0 = tl.load(segments + 6 * seg)
-    row0 = tl.load(segments + 6 * seg + 2)
-    row_end = tl.load(segments + 6 * seg + 3)
-    seq = tl.load(segments + 6 * seg + 4)
-    seg0 = tl.load(segments + 6 * seg + 5)
-    seg_end = seg0 + tl.load(bounds + 2 * seq + 1)
-    leads_on = (seg > seg0) if REVERSE else (seg + 1 < seg_end)
-    if SUMMARY and not leads_on:  # no segment follows that would ask for it
+    if SUMMARY and ends:  # no segment follows that would ask for it
         return
     HQ = H * R
     i = tl.arange(0, 128)
@@ -126,14 +116,9 @@ def walk(
     at_y = i[:, None] * (HQ * width) + tl.arange(0, WB)[None, :]
     S = tl.zeros((M, WB), tl.float32)
     total = tl.zeros((M,), tl.float32)
-    if INITIAL:
-        S += tl.load(s0 + (seq * H + head) * (M * W) + at_S)
-    if LOCAL:
-        if REVERSE:
-            S = start_state(S, local, decay, head, seg + 1, seg_end, H, m, cc, M, W, True)
-        else:
-            S = start_state(S, local, decay, head, seg0, seg, H, m, cc, M, W, False)
-    steps = count.to(tl.int32)
+    if START:
+        S += tl.load(start + ((seg if CUT else seq) * H + head) * (M * W) + at_S)
+    steps = chunks // 2
     for n in range(steps):
         t = (steps - 1 - n) if REVERSE else n
         block = block0 + t
@@ -154,7 +139,7 @@ def walk(
         tl.store(local + (seg * H + head) * (M * W) + at_S, S)
         if tile == 0:
             tl.store(decay + (seg * H + head) * M + m, total)
-    if LAST and not leads_on:
+    if LAST and ends:
         tl.store(last + (seq * H + head) * (M * W) + at_S, S)
 
 

@@ -25,7 +25,22 @@ matrices of `selections` (triton_gsa.py). The cases n = 7 and n < 7 are two laun
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_gla_forward import FLOOR, sums
+FLOOR = tl.constexpr(-1e4)  # stands for -inf where gates are multiplied by 0; e^FLOOR is 0
+
+
+@triton.jit
+def sums(selected, g, dtype: tl.constexpr):
+    """The 0/1 matrix `selected` times g, to 2^-17 of each term (dtype bf16) or in fp32.
+
+    A product, not a scan: a scan across warps costs some 8 shared loads an element.
+    """
+    if dtype == tl.bfloat16:
+        M, hi = selected.to(tl.bfloat16), g.to(tl.bfloat16)
+        out = tl.dot(M, hi)
+        out = tl.dot(M, (g - hi.to(tl.float32)).to(tl.bfloat16), out)
+    else:
+        out = tl.dot(selected, g, input_precision="tf32x3")
+    return out
 
 
 @triton.jit

@@ -17,6 +17,8 @@ Bytes: (1) reads and writes 4 K V of each segment and head once. At K 256, V 512
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the parameters of a kernel have no Python types)
 
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -92,7 +94,7 @@ def carried(
         reverse: from the last segment to the first.
     """
     H, K, V = local.shape[1:]
-    kb, vb = min(K, 8), min(V, 64)  # 16 bytes a thread, so that few heads still fill the chip
+    kb, vb = min(K, 8), gcd(V, 64)  # 16 bytes a thread, so that few heads still fill the chip
     start = torch.empty_like(local)
     carry[(len(layout.bounds) * H * (K // kb) * (V // vb),)](
         local, decay, initial, layout.bounds, start, H,
