@@ -10,7 +10,8 @@ from torch import Tensor
 
 Backend = Literal["chunked", "reference", "triton"]
 # Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
-# code before. The others were so in Triton's interpreter alone, and run where they are asked for.
+# code before: gla by its gate, gsa, the steps. Those of triton_edges.py were so in Triton's
+# interpreter alone, and run where a caller asks for them.
 PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step"})
 P = ParamSpec("P")
 R = TypeVar("R")

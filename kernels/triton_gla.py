@@ -20,6 +20,7 @@ from glactl.kernels import triton_gla_forward as forward_kernels
 from glactl.kernels import triton_gla_strong as strong_kernels
 from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
 from glactl.kernels.triton_segments import carried
+from glactl.kernels.tuned import Key, tuned
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,8 @@ def plan(
     B, T, HQ, K = q.shape
     H, V = v.shape[2:]
     dtype = operand_dtype(q, k, v)
-    rule = rule or tiles(K, V, dtype)
+    key = Key(K, V, 0, HQ // H, dtype)
+    rule = rule or tuned("key", q.device, key, tiles(K, V, dtype))
     walkers = H * (V // rule.sweep.V)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
     return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)

@@ -40,6 +40,7 @@ from glactl.kernels import triton_gsa_forward as forward_kernels
 from glactl.kernels.triton_gla import operand_dtype
 from glactl.kernels.triton_layout import BLOCK, Layout, cut
 from glactl.kernels.triton_segments import carried
+from glactl.kernels.tuned import Key, tuned
 
 MOST_SLOTS = {torch.bfloat16: 256, torch.float32: 128}  # by operands: what shared memory holds
 
@@ -168,7 +169,8 @@ def plan(
     H, V = v.shape[2:]
     M = g.shape[3]
     dtype = operand_dtype(q, k, v)
-    rule = tiles(K, V, M, HQ // H, dtype)
+    key = Key(K, V, M, HQ // H, dtype)
+    rule = tuned("slots", q.device, key, tiles(K, V, M, HQ // H, dtype))
     walkers = H * ((K + V) // rule.walk.columns)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
     return Plan(q, k, v, s, g, scale, slots, layout, H, HQ // H, K, V, M, dtype, rule)

@@ -37,6 +37,7 @@ from glactl.kernels import triton_scalar_forward as forward_kernels
 from glactl.kernels.triton_gla import Tile, operand_dtype
 from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
 from glactl.kernels.triton_segments import carried
+from glactl.kernels.tuned import Key, tuned
 
 TWO_BLOCKS = {"maxnreg": 128}  # registers a thread, so that two blocks share a multiprocessor
 
@@ -144,7 +145,7 @@ def plan(
     B, T, HQ, K = q.shape
     H, V = v.shape[2:]
     dtype = operand_dtype(q, k, v)
-    rule = tiles(K, V, dtype)
+    rule = tuned("scalar", q.device, Key(K, V, 0, HQ // H, dtype), tiles(K, V, dtype))
     layout = cut(B, T, cu_seqlens, H * (V // rule.sweep.V), rule.programs, q.device)
     return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
 
