@@ -93,7 +93,7 @@ for decay in (None, g[..., 0].contiguous()):
         "scores local_states carry sweep sweep_back score_gradient gradients gate_gradient",
     ),
     "slots": (
-        "triton_gsa_forward,triton_gsa_backward",
+        "triton_gsa_forward,triton_gsa_backward,triton_segments",
         """
 from glactl.kernels import triton_gsa as engine
 q, k = torch.empty_like(v), torch.empty_like(v)
@@ -101,7 +101,7 @@ p = engine.plan(q, k, v, None, g[..., :64].contiguous(), 1.0, 64, None)
 o, final, kept = engine.forward(p, None, False, True)
 engine.backward(p, o, None, kept, False)
 """,
-        "slots walk outputs logit_gradients slot_gradients gradients",
+        "slots walk carry outputs logit_gradients slot_gradients gradients",
     ),
     "step": (
         "triton_step",
