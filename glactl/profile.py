@@ -79,7 +79,7 @@ def profile_command(
     operators = _choose(mixers)
     where = pick_device(device)
     gpu = where.type == "cuda"
-    kind = _dtype(dtype or ("bf16" if gpu else "fp32"))
+    kind = parse_dtype(dtype or ("bf16" if gpu else "fp32"))
     total = tokens or max(lengths[-1], 16_384 if gpu else 0)
     if total < lengths[-1]:
         raise ValueError(f"tokens is {total}; allowed: at least the longest seqlen, {lengths[-1]}")
@@ -132,7 +132,8 @@ def _choose(mixers: str | None) -> list[Operator]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def _dtype(name: str) -> torch.dtype:
+def parse_dtype(name: str) -> torch.dtype:
+    """The element type of that name. Raises ValueError for any other."""
     if name not in DTYPES:
         raise ValueError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -39,7 +39,13 @@ if TYPE_CHECKING:  # a run is listed and opened without torch's distributed part
     from glactl.tasks.tokenizer import Tokenizer
 
 PACKAGES = ("torch", "triton", "numpy", "pydantic", "tokenizers", "datasets")
-ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLACTL_DEVICE")
+ENVIRONMENT = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "GLACTL_DEVICE",
+    "GLACTL_TILES",
+)
 FREE = ("name", "train.log_every", "train.save_every", "train.keep_last")  # a resume may change
 
 

@@ -68,7 +68,8 @@ class Trial:
 
     Attributes:
         key: (K, V, M, R) of the kernels, after padding.
-        errors: case and tensor -> root mean square of the error, and of the truth.
+        errors: case and tensor -> root mean square of the error and of the truth, and the number
+            of numbers that the first is of.
         seconds: case -> a forward with its backward.
         refused: why there are no errors and seconds.
     """
@@ -110,7 +111,8 @@ def inputs(
 def operator(
     work: Work, reference: bool, states: bool = True
 ) -> Callable[[list[str], list[Tensor]], list[Tensor]]:
-    """The engine or the definition, of `inputs`: o and, with states, the final ones."""
+    """The engine or the definition, of `inputs`: o, and with `states` from the initial to the final
+    ones."""
     run: Any = gsa_reference if work.engine == "slots" else gla_reference
     options: dict[str, Any] = {"output_final_state": states}
     if not reference:
@@ -179,7 +181,8 @@ def verify(work: Work, device: torch.device) -> dict[str, list[float]]:
                     error = rms(ours[name].double() / copies - t)
                 else:
                     error = rms(ours[name].double().view(copies, *t.shape) - t)
-                errors[f"{case} {name} x{copies}"] = [error, rms(t)]
+                numbers = t.numel() * (1 if t.dim() == 1 else copies)
+                errors[f"{case} {name} x{copies}"] = [error, rms(t), numbers]
     return errors
 
 
@@ -232,6 +235,7 @@ def parse(text: str) -> Trial:
 def main() -> None:
     """The process: a Work from stdin, a Trial to stdout."""
     sys.stdout.write(json.dumps(asdict(run(Work(**json.load(sys.stdin))))) + "\n")
+    sys.stdout.flush()  # a broken context may end the process where it is taken down
 
 
 if __name__ == "__main__":
