@@ -14,14 +14,15 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
@@ -50,24 +51,55 @@ def save(
     """
     path = folder / f"step-{step:06}"
     if not (path / "COMMITTED").exists():
-        _clear(folder)
-        shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody's
-        part = folder / f".tmp-{path.name}"
-        part.mkdir(parents=True)
-        _write(part / "model", model.state_dict())
-        _write(part / "optim", dict(get_optimizer_state_dict(model, optimizer)))
-        (part / "position.json").write_text(json.dumps(position, indent=1) + "\n")
-        sums = "".join(f"{_sha256(part / name)}  {name}\n" for name in _files(part))
-        (part / "manifest.sha256").write_text(sums)
-        sync(part)
-        (part / "COMMITTED").write_text("")
-        sync(part)
-        part.rename(path)
-        _sync_folder(folder)
+
+        def write(part: Path) -> None:
+            _write(part / "model", model.state_dict())
+            _write(part / "optim", dict(get_optimizer_state_dict(model, optimizer)))
+
+        _commit(path, write, position)
     for old in committed(folder)[: -max(keep, 1)]:
         (old / "COMMITTED").unlink()  # first, so that half of a deleted one is nobody's
         shutil.rmtree(old)
     return path
+
+
+def save_weights(
+    folder: Path,
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], Tensor],
+    position: dict[str, Any],
+) -> Path:
+    """Commit weights without the state of an optimizer, each fetched when it is written.
+
+    Args:
+        shapes: of all weights, by name; they are fp32.
+        read: gives the weight of a name.
+
+    Cost: the memory of one weight.
+    """
+    path = folder / f"step-{step:06}"
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    def write(part: Path) -> None:
+        # one file a weight: of a common file the writer holds all weights until it is closed
+        files = dcp.FileSystemWriter(part / "model", single_file_per_rank=False)
+        with _one_process():
+            dcp.save(state, storage_writer=files, planner=_Fetching(read), no_dist=True)
+
+    _commit(path, write, position)
+    return path
+
+
+class _Fetching(dcp.DefaultSavePlanner):
+    """Plans by tensors without data, and fetches each when it is its turn to be written."""
+
+    def __init__(self, read: Callable[[str], Tensor]) -> None:
+        super().__init__()
+        self._fetch = read
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        return self._fetch(index.fqn)
 
 
 def load_model(path: Path, model: nn.Module) -> None:
@@ -121,6 +153,23 @@ def _one_process() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         yield
+
+
+def _commit(path: Path, write: Callable[[Path], None], position: dict[str, Any]) -> None:
+    """Make the checkpoint `path` of what `write` puts into the folder that it is given."""
+    _clear(path.parent)
+    shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody's
+    part = path.with_name(f".tmp-{path.name}")
+    part.mkdir(parents=True)
+    write(part)
+    (part / "position.json").write_text(json.dumps(position, indent=1) + "\n")
+    sums = "".join(f"{_sha256(part / name)}  {name}\n" for name in _files(part))
+    (part / "manifest.sha256").write_text(sums)
+    sync(part)
+    (part / "COMMITTED").write_text("")
+    sync(part)
+    part.rename(path)
+    _sync_folder(path.parent)
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ Everything heavy is imported inside a command: torch takes over 0.7 s to import,
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
@@ -252,6 +252,12 @@ def profile(
     heads: Annotated[int, typer.Option(min=1)] = 4,
     width: Annotated[int | None, typer.Option(min=1, help="Of a head.")] = None,
     dtype: Annotated[str | None, typer.Option(metavar="NAME", help="fp32, bf16 or fp16.")] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune", help="Search tile shapes for the GPU's kernels; later runs use them."
+        ),
+    ] = False,
     out: Annotated[Path, typer.Option(help="The folder that results go to.")] = Path("profiles"),
     device: Device = None,
     json: Json = False,
@@ -260,20 +266,57 @@ def profile(
     """Measure operators and models on the device at hand."""
     with console.errors():
         from glactl.profile import profile_command
+        from glactl.tune import tune_command
 
-        profile_command(
-            seqlen=seqlen,
-            mixers=mixers,
-            spec=spec,
-            tokens=tokens,
-            heads=heads,
-            width=width,
-            dtype=dtype,
-            out=out,
-            device=device,
-            json=json,
-            quiet=quiet,
-        )
+        options: dict[str, Any] = {
+            "seqlen": seqlen,
+            "mixers": mixers,
+            "spec": spec,
+            "tokens": tokens,
+            "heads": heads,
+            "width": width,
+            "dtype": dtype,
+            "device": device,
+            "json": json,
+            "quiet": quiet,
+        }
+        if tune:
+            tune_command(**options)
+        else:
+            profile_command(**options, out=out)
+
+
+@app.command("import", epilog="Example: glactl import ./gla-1.3B-100B --out runs/gla-1.3b")
+def import_(
+    source: Annotated[
+        str, typer.Argument(help="A folder, a file of weights in one, or owner/name on the hub.")
+    ],
+    out: Annotated[Path, typer.Option(help="The run folder to make.")],
+    json: Json = False,
+) -> None:
+    """Make a run folder of a checkpoint of Hugging Face's Llama or Mistral, or of fla."""
+    with console.errors():
+        from glactl.convert import import_command
+
+        import_command(source, out=out, json=json)
+
+
+@app.command(epilog="Example: glactl export runs/NAME-7f3a91 --format fla --out gla-fla")
+def export(
+    run: Run = None,
+    format: Annotated[
+        Literal["hf", "fla"],
+        typer.Option(help="hf, for softmax attention, or fla (flash-linear-attention)."),
+    ] = "hf",
+    out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("export"),
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Write a model as a checkpoint of another project, and compare its logits read back."""
+    with console.errors():
+        from glactl.convert import export_command
+
+        export_command(run, format=format, out=out, device=device, json=json)
 
 
 @app.command()

@@ -1,90 +1,23 @@
-"""The kinds of checkpoints that are known: their names of tensors and fields of config.json.
+"""The kinds of checkpoints that are known: Hugging Face's Llama and Mistral, and those of fla."""
 
-Each kind has a table of names, one function that reads our spec from its config, and one that
-writes its config from our spec. What our model cannot do is an error that names field and value;
-a field that is not there has the project's own default, which is noted.
-"""
+from typing import Any
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
-
+from glactl.convert_config import Config, Family, need
+from glactl.convert_fla import FFN, FLA
 from glactl.models.lm_spec import LMSpec
-
-FUSED_EPS = 1e-5  # of fla's norms that are fused with a product
-FLA_GATE = 16  # the rank and the normalizer of the gate of fla's GLA
-_NEEDED = object()
-
-# What changes no number here: how fla and transformers run, train and write a model.
-HARMLESS = frozenset(
-    "architectures auto_map attn_mode bos_token_id conv_bias conv_size dtype eos_token_id "
-    "fuse_cross_entropy fuse_linear_cross_entropy fuse_norm fuse_swiglu gate_low_rank_dim "
-    "initializer_range model_type pad_token_id pretraining_tp torch_dtype transformers_version "
-    "use_cache use_l2warp attention_dropout _name_or_path".split()
-)
-
-
-@dataclass
-class Config:
-    """A config.json, with an account of what was read of it and what was not in it."""
-
-    data: dict[str, Any]
-    read: set[str] = field(default_factory=lambda: set(HARMLESS))
-    notes: list[str] = field(default_factory=list)
-
-    def get(self, *names: str, default: Any = _NEEDED) -> Any:
-        """The first of the fields there is; else the default, which is noted, of the first name."""
-        self.read |= set(names)
-        for name in names:
-            if name in self.data:
-                return self.data[name]
-        if default is _NEEDED:
-            raise ValueError(f"config.json has no field {names[0]}")
-        self.notes.append(f"config.json has no {names[0]}: taken as {default}")
-        return default
-
-    def only(self, name: str, *allowed: Any) -> None:
-        """Raise ValueError where the field is there and says what our model cannot do."""
-        self.read.add(name)
-        if name in self.data and self.data[name] not in allowed:
-            shown = " or ".join(str(v) for v in allowed)
-            raise ValueError(f"config.json: {name} is {self.data[name]!r}; allowed: {shown}")
-
-
-class Family(NamedTuple):
-    """A kind of checkpoint.
-
-    mixer: ours. layer: their names in a layer -> ours, in the mixer unless they begin with a dot.
-    outer: the same around the layers. read: the fields of our spec. write: the fields of theirs.
-    """
-
-    mixer: str
-    layer: dict[str, str]
-    outer: dict[str, str]
-    read: Callable[[Config], dict[str, Any]]
-    write: Callable[[LMSpec, Any], dict[str, Any]]
-
-
-def need(name: str, value: Any, wanted: Any, shown: str) -> None:
-    """Raise ValueError where a field of our spec is not to be had in the format."""
-    if value != wanted:
-        raise ValueError(f"model.{name} is {value}; allowed in this format: {shown}")
-
-
-# Hugging Face's Llama and Mistral
 
 
 def _read_llama(c: Config) -> dict[str, Any]:
-    d, heads = c.get("hidden_size"), c.get("num_attention_heads")
+    d, heads = c.whole("hidden_size"), c.whole("num_attention_heads")
     c.only("head_dim", None, d // heads)
     for name in ("attention_bias", "mlp_bias"):
         c.only(name, False, None)
     c.only("hidden_act", "silu", "swish")
     c.only("rope_scaling", None)
-    rope = c.get("rope_parameters", default=None) if "rope_parameters" in c.data else {}
-    rope = rope or {}
-    if rope.get("rope_type", "default") != "default":
-        raise ValueError(f"config.json: rope_type is {rope['rope_type']!r}; allowed: default")
+    c.read |= {"rope_parameters"}  # of transformers from 5.0 on
+    rope = c.data.get("rope_parameters") or {}
+    if not isinstance(rope, dict) or rope.get("rope_type", "default") != "default":
+        raise ValueError(f"config.json: rope_parameters is {rope}; allowed: rope_type default")
     theta = rope["rope_theta"] if "rope_theta" in rope else c.get("rope_theta", default=10_000.0)
     mixer = {"kind": "attention", "heads": heads, "rope_theta": theta}
     kv = c.get("num_key_value_heads", default=None)
@@ -120,241 +53,7 @@ def _write_llama(spec: LMSpec, m: Any) -> dict[str, Any]:
     return config | {"sliding_window": m.window}
 
 
-# flash-linear-attention (fla)
-
-
-def _read_fla(c: Config, ratio: float = 4) -> dict[str, Any]:
-    """What all of fla's models have."""
-    d = c.get("hidden_size")
-    c.only("hidden_act", "swish", "silu")
-    c.only("use_short_conv", False, None)
-    c.only("attn", None)
-    c.read |= {"elementwise_affine"}  # tells only whether norms have weights, as the tensors do
-    hidden = c.get("intermediate_size", default=None)
-    if hidden is None:
-        ratio = c.get("hidden_ratio", default=ratio) or ratio
-        hidden = 256 * -(-int(d * ratio * 2 / 3) // 256)
-    else:
-        c.read |= {"hidden_ratio"}
-    return {
-        "d_model": d,
-        "n_layers": c.get("num_hidden_layers"),
-        "vocab_size": c.get("vocab_size"),
-        "ffn_hidden": hidden,
-        "norm_eps": c.get("norm_eps", "rms_norm_eps", default=1e-6),
-        "max_len": c.get("max_position_embeddings", default=2048),
-        "positions": "none",
-    }
-
-
-def _write_fla(spec: LMSpec, **fields: Any) -> dict[str, Any]:
-    return {"hidden_act": "swish", "norm_eps": spec.norm_eps, **fields}
-
-
-def _heads(c: Config) -> dict[str, Any]:
-    heads, kv = c.get("num_heads"), c.get("num_kv_heads", default=None)
-    return {"heads": heads, "kv_heads": None if kv == heads else kv}
-
-
-def _read_transformer(c: Config) -> dict[str, Any]:
-    c.only("qkv_bias", False, None)
-    c.only("qk_norm", False, None)
-    theta = c.get("rope_theta", default=10_000.0)
-    window = c.get("window_size", default=None)
-    mixer = {"kind": "attention", **_heads(c), "rope_theta": theta, "window": window}
-    return _read_fla(c) | {"mixer": mixer, "positions": "rope"}
-
-
-def _write_transformer(spec: LMSpec, m: Any) -> dict[str, Any]:
-    need("positions", spec.positions, "rope", "rope")
-    return _write_fla(
-        spec,
-        num_heads=m.heads,
-        num_kv_heads=m.kv_heads,
-        qkv_bias=False,
-        qk_norm=False,
-        window_size=m.window,
-        rope_theta=m.rope_theta,
-    )
-
-
-def _read_gla(c: Config) -> dict[str, Any]:
-    c.only("use_gk", True)
-    c.only("use_gv", False)
-    c.only("clamp_min", None)
-    c.only("feature_map", None, "relu", "swish", "silu")
-    feature = c.get("feature_map", default=None) or "none"
-    mixer = {
-        "kind": "gla",
-        **_heads(c),
-        "expand_k": c.get("expand_k", default=0.5),
-        "expand_v": c.get("expand_v", default=1.0),
-        "gate_rank": FLA_GATE,
-        "gate_normalizer": float(FLA_GATE),
-        "feature_map": "swish" if feature == "silu" else feature,
-        "output_gate": c.get("use_output_gate", default=True),
-    }
-    return _read_fla(c) | {"mixer": mixer}
-
-
-def _write_gla(spec: LMSpec, m: Any) -> dict[str, Any]:
-    _no_learned_positions(spec)
-    need("mixer.gate", m.gate, "key", "key")
-    need("mixer.gate_rank", m.gate_rank, FLA_GATE, str(FLA_GATE))
-    need("mixer.gate_normalizer", m.gate_normalizer, FLA_GATE, str(FLA_GATE))
-    return _write_fla(
-        spec,
-        num_heads=m.heads,
-        num_kv_heads=m.kv_heads,
-        expand_k=m.expand_k,
-        expand_v=m.expand_v,
-        feature_map=None if m.feature_map == "none" else m.feature_map,
-        use_output_gate=m.output_gate,
-        use_gk=True,
-        use_gv=False,
-        clamp_min=None,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
-    )
-
-
-def _read_gsa(c: Config) -> dict[str, Any]:
-    c.only("feature_map", "swish", "silu")
-    for name in ("expand_k", "expand_v", "exapnd_k", "exapnd_v", "scale"):
-        c.only(name, 1)
-    for name in ("clamp_min", "clamp_max"):
-        c.only(name, None)
-    c.only("use_norm", True)
-    c.read |= {"use_output_gate"}  # fla's layer has none whatever it says
-    mixer = {
-        "kind": "gsa",
-        **_heads(c),
-        "slots": c.get("num_slots", default=64),
-        "gate_normalizer": c.get("gate_logit_normalizer", default=8),
-        "norm_eps": FUSED_EPS,
-    }
-    return _read_fla(c) | {"mixer": mixer}
-
-
-def _write_gsa(spec: LMSpec, m: Any) -> dict[str, Any]:
-    _no_learned_positions(spec)
-    need("mixer.decay", m.decay, "data", "data")
-    need("mixer.read", m.read, "softmax", "softmax")
-    whole = int(m.gate_normalizer)
-    return _write_fla(
-        spec,
-        num_heads=m.heads,
-        num_kv_heads=m.kv_heads,
-        num_slots=m.slots,
-        gate_logit_normalizer=whole if whole == m.gate_normalizer else m.gate_normalizer,
-        feature_map="swish",
-        use_output_gate=False,
-        use_norm=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
-    )
-
-
-def _read_retnet(c: Config) -> dict[str, Any]:
-    c.only("feature_map", None)
-    c.only("use_output_gate", True)
-    heads = c.get("num_heads")
-    c.only("num_kv_heads", None, heads)
-    mixer = {
-        "kind": "retnet",
-        "heads": heads,
-        "expand_k": c.get("expand_k", default=1.0),
-        "expand_v": c.get("expand_v", default=2.0),
-    }
-    return _read_fla(c, 2) | {"mixer": mixer, "positions": "rope"}
-
-
-def _write_retnet(spec: LMSpec, m: Any) -> dict[str, Any]:
-    need("positions", spec.positions, "rope", "rope")
-    need("mixer.rope_theta", m.rope_theta, 10_000.0, "10000")
-    return _write_fla(
-        spec,
-        num_heads=m.heads,
-        num_kv_heads=None,
-        expand_k=m.expand_k,
-        expand_v=m.expand_v,
-        feature_map=None,
-        use_output_gate=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
-    )
-
-
-def _read_hgrn2(c: Config) -> dict[str, Any]:
-    c.only("use_lower_bound", True)
-    ratio = c.get("expand_ratio", default=128)
-    if ratio is None:
-        ratio = c.get("hidden_size") // c.get("num_heads")
-    c.only("num_heads", None, c.get("hidden_size") // ratio)
-    mixer = {"kind": "hgrn2", "expand_ratio": ratio, "norm_eps": FUSED_EPS}
-    return _read_fla(c) | {"mixer": mixer}
-
-
-def _write_hgrn2(spec: LMSpec, m: Any) -> dict[str, Any]:
-    _no_learned_positions(spec)
-    need("n_layers", spec.n_layers > 1, True, "2 or more")
-    return _write_fla(
-        spec,
-        num_heads=spec.d_model // m.width(spec.d_model),
-        expand_ratio=m.width(spec.d_model),
-        use_lower_bound=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
-    )
-
-
-def _read_abc(c: Config) -> dict[str, Any]:
-    c.only("clamp_min", -32)
-    c.only("clamp_max", 32)
-    for name in ("use_norm", "use_output_gate"):
-        c.only(name, True)
-    c.only("use_input_gate", False)
-    mixer = {
-        "kind": "abc",
-        "heads": c.get("num_heads"),
-        "slots": c.get("num_slots", default=64),
-        "expand_k": c.get("expand_k", "exapnd_k", default=0.5),
-        "expand_v": c.get("expand_v", "exapnd_v", default=1.0),
-        "variant": "rescaled",
-    }
-    rope = c.get("use_rope", default=True)
-    return _read_fla(c) | {"mixer": mixer, "positions": "rope" if rope else "none"}
-
-
-def _write_abc(spec: LMSpec, m: Any) -> dict[str, Any]:
-    _no_learned_positions(spec)
-    need("mixer.variant", m.variant, "rescaled", "rescaled")
-    need("mixer.rope_theta", m.rope_theta, 10_000.0, "10000")
-    return _write_fla(
-        spec,
-        num_heads=m.heads,
-        num_slots=m.slots,
-        expand_k=m.expand_k,
-        expand_v=m.expand_v,
-        clamp_min=-32,
-        clamp_max=32,
-        use_rope=spec.rope,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
-    )
-
-
-def _no_learned_positions(spec: LMSpec) -> None:
-    need("positions", spec.positions == "learned", False, "rope or none")
-
-
-_FFN = {f"mlp.{n}_proj.weight": f".ffn.{n}.weight" for n in ("gate", "up", "down")}
-_HF = _FFN | {
+_HF = FFN | {
     "input_layernorm.weight": ".norm.weight",
     "post_attention_layernorm.weight": ".ffn_norm.weight",
     **{f"self_attn.{n}_proj.weight": f"{n}.weight" for n in "qkv"},
@@ -365,55 +64,10 @@ _HF_OUTER = {
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "head.weight",
 }
-_FLA_OUTER = {
-    "model.embeddings.weight": "embed.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "head.weight",
-}
-
-
-def _fla(**names: str) -> dict[str, str]:
-    """The names in a layer of fla's, with those that all layers have."""
-    parts = {"q_proj": "q", "o_proj": "out", **names}
-    return {
-        "attn_norm.weight": ".norm.weight",
-        "mlp_norm.weight": ".ffn_norm.weight",
-        **_FFN,
-        **{f"attn.{theirs}.weight": f"{mine}.weight" for theirs, mine in parts.items()},
-    }
-
-
-_KV = {"k_proj": "k", "v_proj": "v"}
-_GATED = {**_KV, "g_proj": "r", "g_norm_swish_gate": "norm"}
-_GLA = _fla(**_GATED, **{"gk_proj.0": "gate_down", "gk_proj.1": "gate_up"})
-
 FAMILIES: dict[str, Family] = {
     "llama": Family("attention", _HF, _HF_OUTER, _read_llama, _write_llama),
     "mistral": Family("attention", _HF, _HF_OUTER, _read_llama, _write_llama),
-    "transformer": Family(
-        "attention", _fla(**_KV), _FLA_OUTER, _read_transformer, _write_transformer
-    ),
-    "gla": Family(
-        "gla", _GLA | {"attn.gk_proj.1.bias": "gate_up.bias"}, _FLA_OUTER, _read_gla, _write_gla
-    ),
-    "gsa": Family(
-        "gsa", _fla(**_KV, f_proj="gate", g_norm="norm"), _FLA_OUTER, _read_gsa, _write_gsa
-    ),
-    "retnet": Family("retnet", _fla(**_GATED), _FLA_OUTER, _read_retnet, _write_retnet),
-    "hgrn2": Family(
-        "hgrn2",
-        _fla(f_proj="f", i_proj="v", g_norm="norm"),
-        _FLA_OUTER | {"model.lower_bounds": "shared.hgrn2.weight"},
-        _read_hgrn2,
-        _write_hgrn2,
-    ),
-    "abc": Family(
-        "abc",
-        _fla(**_KV, s_proj="s", g_proj="r", g_norm="norm"),
-        _FLA_OUTER,
-        _read_abc,
-        _write_abc,
-    ),
+    **FLA,
 }
 
 # Tensors of the first layer that tell the kinds apart, in this order.

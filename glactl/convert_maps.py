@@ -8,12 +8,9 @@ Rotary positions. Ours pair the two halves of a head, as those of Hugging Face a
 flash-linear-attention (fla) do, so rows of q and k stay in their order. Meta's own files and
 llama2.c pair neighbours; their rows would have to be sorted, and such files are not read here.
 
-What the projects do whatever their config says is kept: in fla, GLA's gate has rank 16 and is
-divided by 16, and the norm in front of the last product of GSA and HGRN2 has an eps of 1e-5.
-
-Three layouts of fla's checkpoints are known: `attn.norm` and `mlp.norm` (with norm_first, until
-February 2025, when both ran with an eps of 1e-5 whatever the config said) for `attn_norm` and
-`mlp_norm`; `mlp.gate_proj` with the rows of `up_proj` below its own; and rms_norm_eps for norm_eps.
+Three old layouts of fla's checkpoints are known: `attn.norm` and `mlp.norm` for `attn_norm` and
+`mlp_norm` (until February 2025, when both ran with an eps of 1e-5 whatever the config said);
+`mlp.gate_proj` with the rows of `up_proj` below its own; and rms_norm_eps for norm_eps.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -22,17 +19,9 @@ from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
-from glactl.convert_families import (
-    ARCHITECTURES,
-    FAMILIES,
-    FUSED_EPS,
-    MARKS,
-    OLDER,
-    OPTIONAL,
-    Config,
-    Family,
-    need,
-)
+from glactl.convert_config import Config, Family, need
+from glactl.convert_families import ARCHITECTURES, FAMILIES, MARKS, OLDER, OPTIONAL
+from glactl.convert_fla import FUSED_EPS
 from glactl.models.lm_spec import LMSpec
 
 Shape = tuple[int, ...]
@@ -84,14 +73,12 @@ def understand(data: dict[str, Any], found: Shapes, ours: Callable[[LMSpec], Sha
         tied = "lm_head.weight" not in found
         config.notes.append(f"config.json has no tie_word_embeddings: taken as {tied}")
     config.read.add("tie_word_embeddings")
-    if "norm_first" in data:
-        config.read.add("norm_first")
-        if data["norm_first"] and fields["norm_eps"] != FUSED_EPS:
-            config.notes.append(
-                f"norm_first: all norms have eps {FUSED_EPS}, with which those in the layers ran; "
-                f"config.json says {fields['norm_eps']}, with which the last one did"
-            )
-            fields["norm_eps"] = FUSED_EPS
+    if "model.layers.0.attn.norm.weight" in found and fields["norm_eps"] != FUSED_EPS:
+        config.notes.append(
+            f"attn.norm and mlp.norm: all norms have eps {FUSED_EPS}, with which these ran; "
+            f"config.json says {fields['norm_eps']}, with which the last one did"
+        )
+        fields["norm_eps"] = FUSED_EPS
     unread = sorted(set(data) - config.read)
     if unread:
         config.notes.append(f"config.json: not read: {', '.join(unread)}")
@@ -99,9 +86,10 @@ def understand(data: dict[str, Any], found: Shapes, ours: Callable[[LMSpec], Sha
         spec = LMSpec.model_validate(fields | {"tie_embeddings": tied})
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
         raise ValueError(f"config.json makes no model: {place} {first['msg']}") from None
-    origins, same, problems = _match(family, spec, found, ours(spec))
+    bare = data.get("elementwise_affine") is False
+    origins, same, problems = _match(family, spec, found, ours(spec), bare)
     if problems:
         rest = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"not a whole {name} checkpoint: {'; '.join(problems[:5])}{rest}")
@@ -182,9 +170,12 @@ def _family(data: dict[str, Any], found: Shapes) -> str:
 
 
 def _match(
-    family: Family, spec: LMSpec, found: Shapes, ours: Shapes
+    family: Family, spec: LMSpec, found: Shapes, ours: Shapes, bare: bool
 ) -> tuple[dict[str, Origin], dict[str, str | None], list[str]]:
-    """Where each weight comes from, the tensors that repeat others, and what does not fit."""
+    """Where each weight comes from, the tensors that repeat others, and what does not fit.
+
+    bare: whether norms of mixers have no weights there.
+    """
     outer = {mine: theirs for theirs, mine in family.outer.items()}
     inner = {_inner(mine): theirs for theirs, mine in family.layer.items()}
     origins: dict[str, Origin] = {}
@@ -207,7 +198,7 @@ def _match(
             packed = f"{prefix}mlp.gate_proj.weight"
             if packed in found and found[packed] == (2 * shape[0], *shape[1:]):
                 there, part = packed, (int(rest.startswith("ffn.up")), 2)
-        if there is None and theirs in OPTIONAL:
+        if there is None and bare and theirs in OPTIONAL:
             origins[mine] = Origin(None)
             continue
         if there is None:

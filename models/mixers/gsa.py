@@ -56,7 +56,10 @@ class GSA(nn.Module):
     """
 
     class Spec(base.Spec):
-        """slots are of each head; gate_normalizer above 1 forgets slower; decay: (5), read: (6)."""
+        """slots are of each head; gate_normalizer above 1 forgets slower; decay: (5), read: (6).
+
+        norm_eps: of the norm of (4); None: the model's. fla's is 1e-5 whatever the model's.
+        """
 
         kind: Literal["gsa"] = "gsa"
         heads: int = Field(4, ge=1)
@@ -65,6 +68,7 @@ class GSA(nn.Module):
         gate_normalizer: float = Field(8.0, gt=0)
         decay: Literal["data", "fixed", "none"] = "data"
         read: Literal["softmax", "linear", "swish", "relu", "relu2"] = "softmax"
+        norm_eps: float | None = Field(None, gt=0)
 
         def check(self, d_model: int, rope: bool) -> None:
             """Raise ValueError where the layer cannot be built; rope has no effect here."""
@@ -77,8 +81,8 @@ class GSA(nn.Module):
             return self.kv_heads or self.heads
 
         def build(self, d_model: int, rope: bool, eps: float, at: Depth = ALONE) -> "GSA":
-            """The layer; eps is the norm's."""
-            return GSA(d_model, self, eps)
+            """The layer; eps is the norm's where it has none of its own."""
+            return GSA(d_model, self, self.norm_eps or eps)
 
         def cost(self, d_model: int, rope: bool, T: int, at: Depth = ALONE) -> Cost:
             """Of the layer, at T tokens: (3) is two passes of linear attention round a softmax."""

@@ -56,10 +56,11 @@ class HGRN2(base.Linear):
     """HGRN2; see the equations above. State: as of `base.Linear`."""
 
     class Spec(base.Spec):
-        """expand_ratio is the width of a head."""
+        """expand_ratio is the width of a head; norm_eps is of the norm of (4), None: the LM's."""
 
         kind: Literal["hgrn2"] = "hgrn2"
         expand_ratio: int = Field(128, ge=1)
+        norm_eps: float | None = Field(None, gt=0)
 
         def check(self, d_model: int, rope: bool) -> None:
             """Raise ValueError where the layer cannot be built; rope has no effect here."""
@@ -74,8 +75,8 @@ class HGRN2(base.Linear):
             return Bounds(d_model, layers) if layers > 1 else None
 
         def build(self, d_model: int, rope: bool, eps: float, at: Depth = ALONE) -> "HGRN2":
-            """The layer; eps is the norm's."""
-            return HGRN2(d_model, self, eps, at)
+            """The layer; eps is the norm's where it has none of its own."""
+            return HGRN2(d_model, self, self.norm_eps or eps, at)
 
         def cost(self, d_model: int, rope: bool, T: int, at: Depth = ALONE) -> Cost:
             """Of the layer, at T tokens, with its row of the lower bounds."""

@@ -1,6 +1,8 @@
 """A task and a run small enough to train on within a test."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from glactl.run import Position, Run
 from glactl.spec import RunSpec
 from glactl.tasks import Batch
 from glactl.tasks.tokenizer import ByteTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))  # for fla_layers.py
 
 TINY = {
     "name": "toy",
