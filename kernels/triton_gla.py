@@ -3,7 +3,7 @@
 The mathematics is in triton_gla_forward.py and triton_gla_backward.py, for strong gates in
 triton_gla_strong.py; the cut into blocks and segments in triton_layout.py, the states carried
 between segments in triton_segments.py, the differentiable operator in triton_gla_op.py. Three
-launches forward and five backward, two more each where sequences are cut into segments.
+launches forward and four backward, two more each where sequences are cut into segments.
 
 Precision. bf16 inputs: products in bf16 with fp32 sums, scores in tf32, A kept as one bf16 number
 and dA as two, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.

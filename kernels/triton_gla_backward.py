@@ -13,8 +13,8 @@ stored states.
 (2) is one walk per segment with D of (K, VB) in registers (`sweep_back`), which stores D once in
 a block; (3)-(5) take G, Ge over the block and need S before it and D after it (`gradients`).
 (5) holds only paths that cross t, and its last sum cancels to fp32 rounding because both terms
-come from the same rounded operands. The products (4) take dA as the sum of two bf16 numbers, as
-(2) takes A: rounded once they would be the largest error of dq, dk and dv. `gradients` scales
+come from the same rounded operands. The products (4) take dA as the sum of two bf16 numbers:
+rounded once it would be the largest error of dq and dk. `gradients` scales
 q and k of (4) to the middle of the block, as `prepare` does to that of the chunk, and leaves tiles
 that decay by more than LIMIT to triton_gla_strong.py.
 """

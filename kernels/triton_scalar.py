@@ -9,20 +9,17 @@ Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A 
 bf16, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 
-Predicted for K 256, V 512, 4 heads, 32,768 tokens, T 2048, bf16: megabytes to and from memory,
-their time at 3.02 TB/s, and the time expected of the kernel from its key-gate counterpart's (in
-brackets; measured on an H100). Not measured yet.
+K 256, V 512, 4 heads, 32,768 tokens, T 2048, bf16: megabytes to and from memory, their time at
+3.02 TB/s, and the milliseconds measured on an H100 with A and dA as two numbers, a decay a token
+and its gradient; with one number each, as here, they are not measured yet.
 
-    scores           q k 134, A 67                            201   0.07 ms   0.09 (0.24)
-    sweep            q k 134, A 34, v o 268, S 268            704   0.23      0.46 (0.43)
-    sweep_back       q k 134, A 67, do dv 268, D 268          737   0.24      0.57 (0.54)
-    score_gradient   do v 268, dA 67                          335   0.11      0.13 (0.13)
-    gradients        do v 268, S D 537, dA 67, q k dq dk 268 1140   0.38      0.48 (0.99)
-    gate_gradient    shares 6                                   7   0.00      0.01
-                                                             3124   1.03      1.74 (2.33)
+    scores           q k 134, A 34                            168   0.06   0.06
+    sweep            q k 134, A 34, v o 268, S 268            704   0.23   0.57
+    sweep_back       q k 134, A 34, do dv 268, D 268          704   0.23   0.57
+    score_gradient   do v 268, dA 34                          302   0.10   0.13
+    gradients        do v 268, S D 537, dA 34, q k dq dk 268 1107   0.37   0.58
+    gate_gradient    shares 6                                   7   0.00
 
-The sweeps at K 256 take 8 warps, which fit the registers; with 4 they spill 312 and 468 bytes, yet
-the key gate's are faster so (0.43 against 0.48, 0.54 against 0.57): measure both.
 `gradients` and `score_gradient` are held to 128 registers a thread, so that two blocks share a
 multiprocessor; with a gradient for g they spill 112 and 12 bytes after their loops, without none.
 """

@@ -117,7 +117,7 @@ for N in (1, 64):
     ),
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have
-# gradients_exact has 255 registers a thread and spills 88 bytes between its products; it runs only
+# gradients_exact has 255 registers a thread and spills 168 bytes between its products; it runs only
 # for tiles beyond the safe range. The sweep of K = 256 with 4 warps spills and is still
 # faster on an H100 (0.43 ms) than 8 warps without (0.48); `sweep_back` alike (0.54, 0.57).
 # `gradients` spills 20 bytes and `prepare_exact` 900 on sm_80 only, and have not been timed there.

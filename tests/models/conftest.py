@@ -1,9 +1,14 @@
 """The models that the contract and the cost model are held against: every mixer of the union."""
 
+import sys
+from pathlib import Path
+
 import pytest
 
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import MIXERS
+
+sys.path.insert(0, str(Path(__file__).parent))  # for drawn.py, which tests of layers share
 
 BASE = {"d_model": 16, "n_layers": 2, "vocab_size": 11, "init_std": 0.3}
 MODELS = {m.model_fields["kind"].default: {} for m in MIXERS}  # each with its defaults

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from drawn import draw, filled, same
 
 from glactl.models.lm import LMSpec, build_lm
 from glactl.models.mixers.abc import ABC
@@ -16,25 +17,7 @@ from glactl.models.mixers.retnet import RetNet
 from glactl.models.mixers.transnormer import TransNormer
 
 D, T, EPS = 12, 11, 1e-3
-TOL = 1e4 * torch.finfo(torch.float64).eps  # sums of tens of terms, a few of them nested
 CPU = torch.device("cpu")
-
-
-def filled(module, std=0.5):
-    g = torch.Generator().manual_seed(1)
-    module = module.double()
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(std * torch.randn(p.shape, generator=g, dtype=p.dtype))
-    return module
-
-
-def draw(*size, seed=0):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=TOL, atol=TOL)
 
 
 def rms(x, weight=1.0):

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from drawn import draw, filled, same
 
 from glactl.models.layers import GLU, LayerNorm, RMSNorm, ShortConv, rotate
 from glactl.models.mixers.attention import Attention
@@ -13,25 +14,7 @@ from glactl.models.mixers.gla import GLA
 from glactl.models.mixers.gsa import GSA
 
 D, T = 12, 11
-TOL = 1e4 * torch.finfo(torch.float64).eps  # sums of tens of terms, a few of them nested
 CPU = torch.device("cpu")
-
-
-def filled(module, std=0.5):
-    g = torch.Generator().manual_seed(1)
-    module = module.double()
-    with torch.no_grad():
-        for p in module.parameters():
-            p.copy_(std * torch.randn(p.shape, generator=g, dtype=p.dtype))
-    return module
-
-
-def draw(*size, seed=0):
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def same(a, b):
-    torch.testing.assert_close(a, b, rtol=TOL, atol=TOL)
 
 
 def rms(x, weight, eps):
