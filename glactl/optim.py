@@ -23,9 +23,11 @@ def learning_rate(spec: OptimSpec, step: int, steps: int) -> float:
 
 
 def make_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
-    """AdamW in two groups: weights of two or more dimensions decay, all others do not."""
-    weights = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
+    """AdamW in two groups: weights of two or more dimensions decay, all others do not, and neither
+    do those that a module names in `undecayed`."""
+    spared = {id(getattr(m, name)) for m in model.modules() for name in getattr(m, "undecayed", ())}
+    weights = [p for p in model.parameters() if p.ndim >= 2 and id(p) not in spared]
+    others = [p for p in model.parameters() if p.ndim < 2 or id(p) in spared]
     groups = [
         {"params": weights, "weight_decay": spec.weight_decay},
         {"params": others, "weight_decay": 0.0},

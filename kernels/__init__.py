@@ -3,6 +3,7 @@
 from glactl.kernels.backend import pick_backend
 from glactl.kernels.gla import gla, gla_reference, gla_step
 from glactl.kernels.gsa import gsa, gsa_reference, gsa_step
+from glactl.kernels.scan import scan, scan_reference, scan_step
 
 __all__ = [
     "gla",
@@ -12,4 +13,7 @@ __all__ = [
     "gsa_reference",
     "gsa_step",
     "pick_backend",
+    "scan",
+    "scan_reference",
+    "scan_step",
 ]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 Backend = Literal["chunked", "reference", "triton"]
 # Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
-# code before: gla by its gate, gsa, the steps. Those of triton_edges.py were so in Triton's
-# interpreter alone, and run where a caller asks for them.
-PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step"})
+# code before: gla by its gate, gsa, the steps, the edges of a layer.
+PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step", "edges"})
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant to torch.compile
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -35,7 +35,7 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
     if backend not in (None, *get_args(Backend)):
         raise ValueError(f"backend is {backend!r}; allowed: {', '.join(get_args(Backend))}, None")
     device = torch.device(device)
-    usable = device.type == "cuda" and importlib.util.find_spec("triton") is not None
+    usable = device.type == "cuda" and HAS_TRITON
     if backend == "triton" and not usable:
         raise ValueError(f"backend is 'triton' on {device}; allowed: a CUDA device, with Triton")
     return backend or ("triton" if usable else "chunked")  # type: ignore[return-value]

@@ -39,7 +39,7 @@ def check_tensors(tensors: Sequence[Named]) -> Sizes:
         device = device or x.device
         if x.device != device:
             raise ValueError(f"{name} is on {x.device}; allowed: {device}, as the arguments before")
-    if sizes["HQ"] % max(sizes["H"], 1):
+    if sizes.get("HQ", 0) % max(sizes.get("H", 1), 1):
         raise ValueError(f"q has {sizes['HQ']} heads; allowed: a multiple of the {sizes['H']} of k")
     return sizes
 
@@ -59,8 +59,10 @@ def one_gate(**gates: Tensor | None) -> str | None:
     return given[0] if given else None
 
 
-def check_bounds(cu_seqlens: Tensor | None, B: int, T: int, device: torch.device) -> int:
-    """The number of sequences: B, or as many as `cu_seqlens` has."""
+def check_bounds(
+    cu_seqlens: Tensor | None, B: int, T: int, device: torch.device, of: str = "q"
+) -> int:
+    """The number of sequences: B, or as many as `cu_seqlens` has; B and T are those of `of`."""
     if cu_seqlens is None:
         return B
     x = cu_seqlens
@@ -70,9 +72,9 @@ def check_bounds(cu_seqlens: Tensor | None, B: int, T: int, device: torch.device
             "allowed: int32 or int64 of the shape (N + 1,)"
         )
     if x.device != device:
-        raise ValueError(f"cu_seqlens is on {x.device}; allowed: {device}, as q")
+        raise ValueError(f"cu_seqlens is on {x.device}; allowed: {device}, as {of}")
     if B != 1:
-        raise ValueError(f"q has a batch of {B}; allowed with cu_seqlens: 1")
+        raise ValueError(f"{of} has a batch of {B}; allowed with cu_seqlens: 1")
     if x.device.type == "cpu":
         if x[0] != 0 or x[-1] != T:
             raise ValueError(
@@ -84,9 +86,9 @@ def check_bounds(cu_seqlens: Tensor | None, B: int, T: int, device: torch.device
 
 
 def check_initial(
-    name: str, state: Tensor | None, size: tuple[int, ...], device: torch.device
+    name: str, state: Tensor | None, size: tuple[int, ...], device: torch.device, of: str = "q"
 ) -> None:
-    """A state to start from: shape, type and device."""
+    """A state to start from: shape, type and device, which is that of `of`."""
     if state is None:
         return
     if state.shape != size:
@@ -94,7 +96,7 @@ def check_initial(
     if not state.is_floating_point():
         raise ValueError(f"{name} is of {state.dtype}; allowed: floating-point types")
     if state.device != device:
-        raise ValueError(f"{name} is on {state.device}; allowed: {device}, as q")
+        raise ValueError(f"{name} is on {state.device}; allowed: {device}, as {of}")
 
 
 def check_state(name: str, state: Tensor, dtype: torch.dtype) -> None:

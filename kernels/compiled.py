@@ -15,6 +15,7 @@ Cost: inside a compiled region on the CPU one forward pass more than without; no
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from glactl.kernels.checks import state_dtype
 from glactl.kernels.gla import gla as gla_whole
 from glactl.kernels.gsa import States
 from glactl.kernels.gsa import gsa as gsa_whole
+from glactl.kernels.scan import scan as scan_whole
 
 Function = Callable[[Sequence[Tensor], Tensor | None, float | None], list[Tensor]]
 
@@ -59,10 +61,27 @@ def _gsa(given: str) -> Function:
     return run
 
 
+def _scan(given: str) -> Function:
+    """`scan` of (u, dt, A, B, C, [D], [z], [dt_bias], h_0), with those of three that are given."""
+
+    def run(inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None) -> list[Tensor]:
+        named: dict[str, Any] = dict(zip(given.split(), inputs[5:-1], strict=True))
+        y, final = scan_whole(
+            *inputs[:5], **named, initial_state=inputs[-1], output_final_state=True, cu_seqlens=cu
+        )
+        assert final is not None
+        return [y, final]
+
+    return run
+
+
 # name -> what runs, and how many of the last inputs are states
 FUNCTIONS: dict[str, tuple[Function, int]] = {
     f"gla {axis}": (_gla(axis), 1) for axis in ("gk", "gv", "g", "")
 } | {f"gsa {given}": (_gsa(given), 2) for given in ("g", "s", "s g")}
+for _given in product(("D", ""), ("z", ""), ("dt_bias", "")):
+    _names = " ".join(filter(None, _given))
+    FUNCTIONS[f"scan {_names}"] = (_scan(_names), 1)
 
 
 @contextmanager
@@ -88,8 +107,15 @@ def _whole(
 
 @_whole.register_fake
 def _(name: str, inputs: Sequence[Tensor], cu: Tensor | None, scale: float | None) -> list[Tensor]:
+    states = inputs[-FUNCTIONS[name][1] :]
+    if name.startswith("scan"):
+        u, dt, _, B, C = inputs[:5]
+        return [
+            u.new_empty(u.shape),
+            states[0].new_empty(states[0].shape, dtype=state_dtype(u, dt, B, C)),
+        ]
     q, _, v = inputs[:3]
-    o, states = v.new_empty(*q.shape[:3], v.shape[3]), inputs[-FUNCTIONS[name][1] :]
+    o = v.new_empty(*q.shape[:3], v.shape[3])
     return [o, *(x.new_empty(x.shape, dtype=state_dtype(*inputs[:3])) for x in states)]
 
 
@@ -172,6 +198,27 @@ def gsa(
     inputs = [q, k, v, *given.values(), Sk, Sv]
     o, Sk, Sv = _whole(f"gsa {' '.join(given)}", inputs, cu_seqlens, scale)
     return o, (Sk, Sv) if output_final_state else None
+
+
+def scan(
+    u: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, initial_state: Tensor | None, output_final_state: bool,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """`glactl.kernels.scan`; arguments and results as there."""
+    if not _opaque(u.device):
+        return scan_whole(
+            u, dt, A, B, C, D, z=z, dt_bias=dt_bias, initial_state=initial_state,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        )  # fmt: skip
+    given = {n: x for n, x in (("D", D), ("z", z), ("dt_bias", dt_bias)) if x is not None}
+    h = initial_state
+    if h is None:
+        N = len(u) if cu_seqlens is None else len(cu_seqlens) - 1
+        h = u.new_zeros(N, *A.shape, dtype=state_dtype(u, dt, B, C))
+    inputs = [u, dt, A, B, C, *given.values(), h]
+    y, final = _whole(f"scan {' '.join(given)}", inputs, cu_seqlens, None)
+    return y, final if output_final_state else None
 
 
 def _zeros(q: Tensor, k: Tensor, v: Tensor, cu: Tensor | None, rows: int, columns: int) -> Tensor:

@@ -18,44 +18,21 @@ from torch import Tensor
 from glactl.kernels import triton_gla_backward as backward_kernels
 from glactl.kernels import triton_gla_forward as forward_kernels
 from glactl.kernels import triton_gla_strong as strong_kernels
-from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
-from glactl.kernels.triton_segments import carried
+from glactl.kernels import triton_walks as walks
+from glactl.kernels.triton_layout import BLOCK, CHUNK, cut
+from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
 
 
 @dataclass(frozen=True)
-class Tile:
-    """One kernel's shape: columns of K and of V a program holds, warps, pipeline stages."""
-
-    K: int
-    V: int
-    warps: int
-    stages: int
-
-    @property
-    def options(self) -> dict[str, int]:
-        """The launch options of Triton."""
-        return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The shapes of the kernels for one (K, V, precision), and of the walk over segments.
-
-    Attributes:
-        programs: programs wanted for a sweep; where sequences times heads give fewer, sequences
-            are cut into segments.
-    """
+class Tiles(walks.Tiles):
+    """The shapes of all kernels for one (K, V, precision)."""
 
     prepare: Tile
     prepare_exact: Tile
-    sweep: Tile
-    local: Tile
-    back: Tile
     states: Tile
     gradients: Tile
     gradients_exact: Tile
-    programs: int
 
 
 def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
@@ -90,11 +67,6 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     )
 
 
-def operand_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """What the kernels multiply: bf16 if all of q, k, v are, else fp32."""
-    return torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
-
-
 def operand_shapes(
     blocks: int, H: int, HQ: int, K: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
@@ -110,41 +82,17 @@ def operand_shapes(
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything the launches of one call share."""
+class Plan(walks.Plan):
+    """What the launches of one call share; see `walks.Plan`."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor
-    scale: float
-    layout: Layout
-    H: int
-    R: int
-    K: int
-    V: int
-    dtype: torch.dtype  # of the operands in memory
     tiles: Tiles
-
-    @property
-    def split(self) -> bool:
-        """Whether A and dA are kept as two numbers."""
-        return self.dtype == torch.bfloat16
-
-    @property
-    def prec(self) -> str:
-        """How fp32 operands are multiplied."""
-        return "tf32" if self.split else "tf32x3"
+    g: Tensor
 
     @property
     def limit(self) -> float:
         """Decay in nats up to which one product is used: e^64 is safe in bf16 and fp32, and fp32
         results need the running sums exact to 1e-6."""
         return 128.0 if self.split else 16.0
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor on the inputs' device."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
 
 
 def plan(
@@ -159,7 +107,7 @@ def plan(
     rule = rule or tuned("key", q.device, key, tiles(K, V, dtype))
     walkers = H * (V // rule.sweep.V)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
-    return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, g)
 
 
 def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
@@ -181,42 +129,12 @@ def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
     return qh, kh, a, ge, G
 
 
-def segment_starts(
-    p: Plan, x: Tensor, y: Tensor, ge: Tensor, initial: Tensor | None, reverse: bool
-) -> Tensor | None:
-    """The states, or their gradients if reverse, that the walks start from: of the sequences, as
-    given, or of the segments where sequences are cut."""
-    if not p.layout.split:
-        return initial
-    n, t = len(p.layout.segments), p.tiles.local
-    local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
-    decay = p.new(n, p.H, p.K, dtype=torch.float32)
-    forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
-        x, y, ge, p.layout.segments, local, decay, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R if reverse else 1, REVERSE=reverse, PREC=p.prec,
-        **t.options,
-    )  # fmt: skip
-    return carried(p.layout, local, decay, initial, reverse)
-
-
 def forward(
     p: Plan, s0: Tensor | None, want_final: bool, want_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
     """o, final state, states of the blocks, and the operands."""
     parts = qh, kh, a, ge, _ = operands(p, want_states)
-    start = segment_starts(p, kh, p.v, ge, s0, False)
-    n, N = len(p.layout.segments), len(p.layout.bounds)
-    o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
-    states = p.new(len(p.layout.blocks), p.H, p.K, p.V) if want_states else p.new(0)
-    final = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_final else p.new(0)
-    if want_final:  # what a sequence without rows leaves
-        final.copy_(s0) if s0 is not None else final.zero_()
-    t = p.tiles.sweep
-    forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
-        qh, kh, a, ge, p.v, p.layout.segments, start, o, states, final, p.H,
-        K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
-        STORE=want_states, FINAL=want_final, PREC=p.prec, **t.options,
-    )  # fmt: skip
+    o, final, states = walk(p, qh, kh, a, ge, s0, want_final, want_states)
     return o, final, states, parts
 
 
@@ -226,19 +144,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, dg and the gradient of the initial state."""
     qh, kh, a, ge, G = parts
-    nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
-    start = segment_starts(p, qh, do, ge, dfinal, True)
-    t = p.tiles.back
-    dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
-    ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
-    if want_initial:
-        ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
-    backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
-        qh, kh, a, ge, do, p.layout.segments, start, dv, dstates, ds0, p.H,
-        K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
-        INITIAL=want_initial, PREC=p.prec, **t.options,
-    )  # fmt: skip
-    del start
+    nb, HQ = len(p.layout.blocks), p.H * p.R
+    dv, dstates, ds0 = walk_back(p, qh, kh, a, ge, do, dfinal, states, want_initial)
 
     t = p.tiles.states
     da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)

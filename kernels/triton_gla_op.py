@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glactl.kernels import triton_gla
 from glactl.kernels.triton_layout import block_count
+from glactl.kernels.triton_walks import operand_dtype
 
 
 def _run_forward(
@@ -35,7 +36,7 @@ def _(
     H, V = v.shape[2:]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n = block_count(B, T, None if cu_seqlens is None else N)
-    dtype = triton_gla.operand_dtype(q, k, v)
+    dtype = operand_dtype(q, k, v)
     out = [
         v.new_empty(B, T, HQ, V),
         q.new_empty((N, H, K, V) if want_final else (0,), dtype=torch.float32),

@@ -100,9 +100,9 @@ class _GSA(torch.autograd.Function):
         return dq, dk, dv, ds, dg, dstart, None, None, None, None, None
 
 
-def _width(n: int) -> int:
-    """The next multiple of 64, or the next power of two from 16 on."""
-    return -(-n // 64) * 64 if n > 64 else max(16, 1 << (n - 1).bit_length())
+def _width(n: int, least: int) -> int:
+    """The next multiple of 64, or the next power of two from `least` on."""
+    return -(-n // 64) * 64 if n > 64 else max(least, 1 << (n - 1).bit_length())
 
 
 def _pad(x: Tensor, width: int) -> Tensor:
@@ -135,8 +135,8 @@ def gsa_fused(
     Raises:
         ValueError: neither s nor g is given, or M exceeds 256 (128 where q, k, v are not all bf16).
 
-    Widths are padded with zeros: K and V to a multiple of 64, or to a power of two from 16 to 64,
-    M to a power of two from 16, in bf16 from 64. Memory: between forward and backward, the states
+    Widths are padded with zeros: K and V to a multiple of 64, or to a power of two up to 64, M to a
+    power of two, all of them at least 16, in bf16 64. Memory: between forward and backward, the states
     of every 128th row, and of each row and head 256 bytes and 10 M bytes in bf16.
     """
     gate = s if g is None else g
@@ -150,10 +150,10 @@ def gsa_fused(
     if not q.dtype == k.dtype == v.dtype:
         q, k, v = q.float(), k.float(), v.float()
     g = torch.zeros_like(gate) if g is None else g
-    # 64 slots at least in bf16: Triton 3.6 lets products of a matrix from memory with fewer than 64
-    # columns from registers read shared memory past its end (H100, compute-sanitizer)
+    # 64 columns at least in bf16: Triton 3.6 lets products of a matrix from memory with fewer than
+    # 64 columns from registers read shared memory past its end (H100, compute-sanitizer)
     least = 64 if q.dtype == torch.bfloat16 else 16
-    wide_k, wide_v, wide_m = _width(K), _width(V), max(least, 1 << (M - 1).bit_length())
+    wide_k, wide_v, wide_m = _width(K, least), _width(V, least), max(least, 1 << (M - 1).bit_length())
     q, k, v, g = _pad(q, wide_k), _pad(k, wide_k), _pad(v, wide_v), _pad(g, wide_m)
     start = None
     if initial_state is not None:

@@ -29,60 +29,42 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from glactl.kernels import triton_gla
 from glactl.kernels import triton_scalar_backward as backward_kernels
 from glactl.kernels import triton_scalar_forward as forward_kernels
-from glactl.kernels.triton_gla import Tile, operand_dtype
-from glactl.kernels.triton_layout import BLOCK, CHUNK, Layout, cut
-from glactl.kernels.triton_segments import carried
+from glactl.kernels import triton_walks as walks
+from glactl.kernels.triton_layout import BLOCK, cut
+from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
 
 TWO_BLOCKS = {"maxnreg": 128}  # registers a thread, so that two blocks share a multiprocessor
 
 
 @dataclass(frozen=True)
-class Tiles:
-    """The shapes of the kernels for one (K, V, precision), and of the walk over segments.
-
-    Attributes:
-        programs: programs wanted for a sweep; where sequences times heads give fewer, sequences
-            are cut into segments.
-    """
+class Tiles(walks.Tiles):
+    """The shapes of all kernels for one (K, V, precision)."""
 
     scores: Tile
-    local: Tile
-    sweep: Tile
-    back: Tile
     score_gradient: Tile
     gradients: Tile
-    programs: int
 
 
 def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
-    """The rule: how large a tile fits the registers and shared memory at this shape."""
-    v = min(V, 64)
+    """The rule: that of the key gate for the walks, and how large a tile fits the others."""
+    key = triton_gla.tiles(K, V, dtype)
+    walks_of_key = key.sweep, key.local, key.back, key.programs
     if dtype == torch.float32:
-        v = min(v, 32 if K <= 128 else 16)
         return Tiles(
+            *walks_of_key,
             scores=Tile(min(K, 32), V, 4, 1),
-            local=Tile(min(K, 64), v, 4, 1),
-            sweep=Tile(K, v, 4 if K <= 64 else 8, 1),
-            back=Tile(K, v, 4 if K <= 64 else 8, 1),
             score_gradient=Tile(K, min(V, 32), 8, 1),
             gradients=Tile(min(K, 32), min(V, 32), 8, 1),
-            programs=528,
         )
-    wide = K > 128
-    # V is 64 or more where K is wide: at K 512, tiles of 32 columns end in an illegal memory access
-    # (H100, Triton 3.6: a product reads shared memory past its end; 64 columns are right)
-    warps = 8 if wide else 4
     return Tiles(
-        scores=Tile(min(K, 64), V, 4, 3),
-        local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
-        sweep=Tile(K, v, warps, 1 if K > 256 else 2),
-        back=Tile(K, v, warps, 2 if K == 256 else 1),
+        *walks_of_key,
+        scores=Tile(min(K, 64), V, 4, 1),
         score_gradient=Tile(K, min(V, 64), 8, 3),
         gradients=Tile(min(K, 64), min(V, 64), 8, 2),
-        programs=264,
     )
 
 
@@ -92,47 +74,23 @@ def gate_kind(g: Tensor | None) -> int:
 
 
 def saved_shapes(
-    blocks: int, H: int, HQ: int, dtype: torch.dtype
+    blocks: int, H: int, HQ: int, K: int, dtype: torch.dtype
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of A and of the running sums of the decays."""
-    n = 2 * blocks
-    return [
-        ((n, HQ, CHUNK, CHUNK), dtype),
-        ((n, H, 2, CHUNK), torch.float32),
-    ]
+    """Shape and dtype of q^, k^, A and Ge."""
+    return triton_gla.operand_shapes(blocks, H, HQ, K, dtype)[:4]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything the launches of one call share."""
+class Plan(walks.Plan):
+    """What the launches of one call share; see `walks.Plan`."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    g: Tensor | None
-    scale: float
-    layout: Layout
-    H: int
-    R: int
-    K: int
-    V: int
-    dtype: torch.dtype  # of the operands
     tiles: Tiles
-
-    @property
-    def bf16(self) -> bool:
-        """Whether the operands are bf16; else they are fp32."""
-        return self.dtype == torch.bfloat16
+    g: Tensor | None
 
     @property
     def common(self) -> dict[str, int | str]:
-        """What every kernel is compiled for."""
-        prec = "tf32" if self.bf16 else "tf32x3"
-        return {"R": self.R, "GATE": gate_kind(self.g), "PREC": prec}
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor on the inputs' device."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
+        """What every kernel of the scalar decay is compiled for."""
+        return {"R": self.R, "GATE": gate_kind(self.g), "PREC": self.prec}
 
 
 def plan(
@@ -144,52 +102,22 @@ def plan(
     dtype = operand_dtype(q, k, v)
     rule = tuned("scalar", q.device, Key(K, V, 0, HQ // H, dtype), tiles(K, V, dtype))
     layout = cut(B, T, cu_seqlens, H * (V // rule.sweep.V), rule.programs, q.device)
-    return Plan(q, k, v, g, scale, layout, H, HQ // H, K, V, dtype, rule)
-
-
-def segment_starts(
-    p: Plan, x: Tensor, y: Tensor, sums: Tensor, initial: Tensor | None, reverse: bool
-) -> Tensor | None:
-    """The states, or their gradients if reverse, that the walks start from: of the sequences, as
-    given, or of the segments where sequences are cut."""
-    if not p.layout.split:
-        return initial
-    n, t = len(p.layout.segments), p.tiles.local
-    local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
-    decay = p.new(n, p.H, p.K, dtype=torch.float32)
-    options = {**p.common, **t.options, "R": p.R if reverse else 1}
-    forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
-        x, y, sums, p.layout.segments, local, decay, p.scale, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, REVERSE=reverse, BF16=p.bf16, **options,
-    )  # fmt: skip
-    return carried(p.layout, local, decay, initial, reverse)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, g)
 
 
 def forward(
     p: Plan, s0: Tensor | None, want_final: bool, want_states: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
-    """o, final state, states of the blocks, and what the backward wants of the scores."""
-    nb, n, N = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds)
-    shapes = saved_shapes(nb, p.H, p.H * p.R, p.dtype)
-    parts = a, sums = tuple(p.new(*s, dtype=d) for s, d in shapes)
+    """o, final state, states of the blocks, and what the walks read of the chunks."""
+    nb = len(p.layout.blocks)
+    shapes = saved_shapes(nb, p.H, p.H * p.R, p.K, p.dtype)
+    parts = qh, kh, a, ge = tuple(p.new(*s, dtype=d) for s, d in shapes)
     t = p.tiles.scores
     forward_kernels.scores[(2 * nb * p.H * p.R,)](
-        p.q, p.k, p.g, p.layout.blocks, a, sums, p.scale, p.H,
-        K=p.K, KB=t.K, BF16=p.bf16, **p.common, **t.options,
+        p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
+        K=p.K, KB=t.K, BF16=p.split, **p.common, **t.options,
     )  # fmt: skip
-    start = segment_starts(p, p.k, p.v, sums, s0, False)
-    o = p.new(*p.q.shape[:3], p.V, dtype=p.v.dtype)
-    states = p.new(nb, p.H, p.K, p.V) if want_states else p.new(0)
-    final = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_final else p.new(0)
-    if want_final:  # what a sequence without rows leaves
-        final.copy_(s0) if s0 is not None else final.zero_()
-    t = p.tiles.sweep
-    forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
-        p.q, p.k, a, sums, p.v, p.layout.segments, start, o, states, final, p.scale, p.H,
-        K=p.K, V=p.V, VB=t.V, START=start is not None, CUT=p.layout.split, STORE=want_states,
-        FINAL=want_final, **p.common, **t.options,
-    )  # fmt: skip
-    return o, final, states, parts
+    return *walk(p, qh, kh, a, ge, s0, want_final, want_states), parts
 
 
 def backward(
@@ -198,20 +126,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv, the decay's gradient and that of the initial state; each of the last two empty
     unless wanted."""
-    a, sums = parts
-    nb, n, N, HQ = len(p.layout.blocks), len(p.layout.segments), len(p.layout.bounds), p.H * p.R
-    start = segment_starts(p, p.q, do, sums, dfinal, True)
-    t = p.tiles.back
-    dv, dstates = torch.empty_like(p.v), torch.empty_like(states)
-    ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
-    if want_initial:
-        ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
-    backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
-        p.q, p.k, a, sums, do, p.layout.segments, start, dv, dstates, ds0, p.scale, p.H,
-        K=p.K, V=p.V, VB=t.V, START=start is not None, CUT=p.layout.split,
-        INITIAL=want_initial, **p.common, **t.options,
-    )  # fmt: skip
-    del start
+    nb, HQ = len(p.layout.blocks), p.H * p.R
+    qh, kh, a, ge = parts
+    dv, dstates, ds0 = walk_back(p, qh, kh, a, ge, do, dfinal, states, want_initial)
 
     t = p.tiles.score_gradient
     da = p.new(nb, HQ, BLOCK, BLOCK)
@@ -219,7 +136,7 @@ def backward(
     backward_kernels.score_gradient[(nb * HQ,)](
         do, p.v, p.g, p.layout.blocks, da, own, p.scale, p.H,
         V=p.V, VB=t.V, GRAD=want_gate, **p.common, **t.options,
-        **(TWO_BLOCKS if p.bf16 else {}),
+        **(TWO_BLOCKS if p.split else {}),
     )  # fmt: skip
 
     t = p.tiles.gradients
@@ -228,7 +145,7 @@ def backward(
     shares = p.new(*((nb, p.H, NK, 3, BLOCK) if want_gate else (0,)), dtype=torch.float32)
     through = p.new(*((nb, p.H, NK) if want_gate else (0,)), dtype=torch.float32)
     # where one step covers V, its buffers leave no room for a second block
-    pair = TWO_BLOCKS if p.bf16 and p.V > t.V else {}
+    pair = TWO_BLOCKS if p.split and p.V > t.V else {}
     backward_kernels.gradients[(nb * p.H * NK,)](
         p.q, p.k, p.g, do, p.v, states, dstates, da, own, p.layout.blocks, dq, dk, shares, through,
         p.scale, p.H,

@@ -3,15 +3,15 @@ r"""Triton kernels of gated linear attention with a scalar decay: gradients.
 Notation of triton_scalar_forward.py; D = dL/dS after the chunk. The block of 128 rows between two
 stored states takes the chunk's place in (3)-(5), with P, X and L over its rows.
 
-    dv = A^T do + e^X (k D)             D before the chunk = e^Ge D + q^T (scale e^P do)      (1)
+    dv = A^T do + k^ D                  D before the chunk = e^Ge D + q^^T do                 (1)
     dA = scale tril(do v^T) * L                                                               (2)
     dq = dq_state + dA k                dq_state = scale e^P (do S^T)                         (3)
     dk = dk_state + dA^T q              dk_state = e^X (v D^T)                                (4)
     dg_t = e^Ge <S, D> + sum_{i>=t} q_i.dq_state_i + sum_{j<t} k_j.dk_state_j
            + sum_{i>=t} (q.(dA k) - k.(dA^T q))_i                                             (5)
 
-`sweep_back` is (1), one walk per segment with D of (K, VB) in registers, stored once in a block;
-`score_gradient` is (2); `gradients` makes dq and dk of a block and K tile from S, D and dA, and,
+(1) is `sweep_back` of triton_gla_backward.py, which stores D once in a block; `score_gradient` is
+(2); `gradients` makes dq and dk of a block and K tile from S, D and dA, and,
 where g wants a gradient, that tile's share of (5), which `gate_gradient` adds up. (5) holds only
 paths that cross t and starts anew in every block; its last sum cancels to fp32 rounding, because
 both terms come from the same operands, and leaves out the diagonal of dA, which crosses no t and
@@ -28,63 +28,6 @@ import triton
 import triton.language as tl
 
 from glactl.kernels.triton_scalar_forward import decays_between, gate_rows
-from glactl.kernels.triton_segments import this_walk
-
-
-@triton.jit
-def sweep_back(
-    q, k, a, sums, do, segments, start, dv, dstates, ds0, scale,
-    H,
-    K: tl.constexpr, V: tl.constexpr, VB: tl.constexpr, R: tl.constexpr, GATE: tl.constexpr,
-    START: tl.constexpr, CUT: tl.constexpr, INITIAL: tl.constexpr, PREC: tl.constexpr,
-):  # fmt: skip
-    """(1) over one segment and V tile, from its last chunk to its first.
-
-    start: D after the segments if CUT, else after the sequences. Grid segments * H * V / VB.
-    """
-    seg, seq, head, tile, block0, chunks, row0, row_end, ends = this_walk(
-        segments, H, V // VB, True
-    )
-    if chunks == 0:
-        return
-    HQ = H * R
-    dtype = a.dtype.element_ty
-    i = tl.arange(0, 64)
-    kk = tl.arange(0, K)
-    vv = tile * VB + tl.arange(0, VB)
-    at_S = kk[:, None] * V + vv[None, :]
-    at_a = i[:, None] * 64 + i[None, :]
-    at_q, at_k = i[:, None] * (HQ * K) + kk[None, :], i[:, None] * (H * K) + kk[None, :]
-    at_v, at_do = i[:, None] * (H * V) + vv[None, :], i[:, None] * (HQ * V) + vv[None, :]
-    D = tl.zeros((K, VB), tl.float32)
-    if START:
-        D += tl.load(start + ((seg if CUT else seq) * H + head) * (K * V) + at_S)
-    for n in range(chunks):
-        t = chunks - 1 - n
-        chunk = block0 * 2 + t
-        row = row0 + t * 64
-        live = (i < row_end - row)[:, None]
-        at = sums + (chunk * H + head) * 128
-        Y = tl.load(k + (row * H + head) * K + at_k, mask=live, other=0.0).to(dtype)
-        into = scale * tl.exp(tl.load(at + i))[:, None]
-        Db = D.to(dtype)
-        if t % 2 == 1:
-            tl.store(dstates + ((block0 + t // 2) * H + head) * (K * V) + at_S, Db)
-        dV = tl.dot(Y, Db, input_precision=PREC)
-        if GATE != 0:
-            dV *= tl.exp(tl.load(at + 64 + i))[:, None]
-            D *= tl.exp(tl.load(at + 63))
-        for r in tl.static_range(R):
-            hq = head * R + r
-            Q = tl.load(q + (row * HQ + hq) * K + at_q, mask=live, other=0.0).to(dtype)
-            E = tl.load(do + (row * HQ + hq) * V + at_do, mask=live, other=0.0).to(dtype)
-            A = tl.load(a + (chunk * HQ + hq) * (64 * 64) + at_a)
-            dV = tl.dot(tl.trans(A), E, dV, input_precision=PREC)
-            E = (E.to(tl.float32) * into).to(dtype)
-            D = tl.dot(tl.trans(Q), E, D, input_precision=PREC)
-        tl.store(dv + (row * H + head) * V + at_v, dV, mask=live)
-    if INITIAL and ends:
-        tl.store(ds0 + (seq * H + head) * (K * V) + at_S, D)
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_scalar
-from glactl.kernels.triton_gla import operand_dtype
 from glactl.kernels.triton_gla_op import _width as padded_width
 from glactl.kernels.triton_layout import block_count
+from glactl.kernels.triton_walks import operand_dtype
 
 
 def _run_forward(
@@ -44,7 +44,7 @@ def _(
         q.new_empty((n, H, K, V) if want_states else (0,), dtype=dtype),
     ]
     if want_states:
-        out += [q.new_empty(s, dtype=d) for s, d in triton_scalar.saved_shapes(n, H, HQ, dtype)]
+        out += [q.new_empty(s, dtype=d) for s, d in triton_scalar.saved_shapes(n, H, HQ, K, dtype)]
     return out
 
 

@@ -21,7 +21,6 @@ Sources: (1) Zhang and Sennrich 2019, arXiv:1910.07467; (3) Su et al. 2021, arXi
 the two-halves order of LLaMA; (5) Shazeer 2020, arXiv:2002.05202.
 """
 
-import importlib.util
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -29,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glactl.kernels.backend import PROVEN
+from glactl.kernels.backend import HAS_TRITON, PROVEN
 
 State = dict[str, Tensor]  # of one layer; the sequences come first in every tensor
 
@@ -102,12 +101,13 @@ class Layout:
 
 def layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> Layout:
     """The layout of B sequences of T tokens or, with cu_seqlens (N + 1,), of N in one row."""
+    token = torch.arange(B * T, device=device)
     if cu_seqlens is None:
         bounds = torch.arange(B + 1, device=device) * T
+        sequence = token // max(T, 1)
     else:
         bounds = cu_seqlens.to(device, torch.int64)
-    token = torch.arange(B * T, device=device)
-    sequence = torch.searchsorted(bounds[1:], token, right=True)
+        sequence = torch.searchsorted(bounds[1:], token, right=True)
     return Layout(sequence, token - bounds[sequence], bounds[:-1], bounds.diff())
 
 
@@ -150,7 +150,7 @@ def _launches(x: Tensor) -> bool:
         return False
     if x.device.type != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
-    return x.numel() > 0 and importlib.util.find_spec("triton") is not None
+    return x.numel() > 0 and HAS_TRITON
 
 
 def log_gate(x: Tensor, normalizer: float) -> Tensor:

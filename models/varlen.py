@@ -119,7 +119,7 @@ def _kernel(
         bounds,
         rows,
         most,
-        longest,
+        min(longest, len(k)),
         0.0,
         BOTTOM_RIGHT,
         q.requires_grad or k.requires_grad or v.requires_grad,

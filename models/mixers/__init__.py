@@ -32,6 +32,7 @@ from glactl.models.mixers.gla import GLA
 from glactl.models.mixers.gsa import GSA
 from glactl.models.mixers.hgrn2 import HGRN2
 from glactl.models.mixers.linear import LinearAttention
+from glactl.models.mixers.mamba import Mamba
 from glactl.models.mixers.retnet import RetNet
 from glactl.models.mixers.transnormer import TransNormer
 
@@ -46,6 +47,7 @@ _Spec: TypeAlias = (
     | TransNormer.Spec  # TransNormerLLM's linear attention
     | HGRN2.Spec  # HGRN2
     | ABC.Spec  # attention with bounded memory control
+    | Mamba.Spec  # Mamba's selective scan
 )
 
 MIXERS = get_args(_Spec)

@@ -22,19 +22,22 @@ released code, where the paper writes LayerNorm. The paper does not say how its 
 made; (5) is (2) with a product of full rank.
 """
 
-from collections.abc import Callable
 from typing import Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from glactl.models import spec
 from glactl.models.layers import Cost, RMSNorm, linear_cost, log_gate
 from glactl.models.mixers import base
-from glactl.models.mixers.base import ALONE, Depth, fixed_decay, mixing_cost, width
-
-FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "swish": F.silu}
+from glactl.models.mixers.base import (
+    ALONE,
+    FEATURES,
+    Depth,
+    fixed_decay,
+    mixing_cost,
+    width,
+)
 
 
 class GLA(base.Linear):

@@ -56,6 +56,20 @@ def test_states_are_those_of_the_papers(kind, size):
     assert held == model.n_layers * units
 
 
+@pytest.mark.parametrize("size", WIDTHS)
+def test_two_blocks_of_mamba_have_the_papers_state(size):
+    """64 d elements a layer; the inputs of the convolution are not counted there."""
+    model = load(SPECS / f"mamba_{size}.yaml").model
+    layers = {"340m": 24, "1.3b": 24, "2.7b": 32}[size]
+    assert model.n_layers == 2 * layers
+    past = 3 * 2 * WIDTHS[size]
+    with torch.device("meta"):
+        state = LM(model).initial_state(1)
+    held = sum(layer["s"].numel() for layer in state.layers)
+    assert held == layers * 64 * WIDTHS[size]
+    assert lm_cost(model, 2048).state_bytes == 4 * (held + model.n_layers * past)
+
+
 @pytest.mark.parametrize("path", PAPER, ids=lambda p: p.stem)
 def test_tokens_are_those_of_the_papers(path):
     spec = load(path)
@@ -86,6 +100,7 @@ def test_a_small_model_of_it_trains(path, tiny_data, make_toy):
     listed = dumped["mixer"] if isinstance(dumped["mixer"], list) else [dumped["mixer"]]
     for mixer in listed:
         mixer.update({"heads": 2} if "heads" in mixer else {})
+        mixer.update({"kv_heads": None} if "kv_heads" in mixer else {})
     data = tiny_data | {"model": dumped, "train": tiny_data["train"] | {"steps": 3}}
     steps = list(train(RunSpec.model_validate(data), device="cpu", task=make_toy()))
     assert [s.step for s in steps] == [1, 2, 3]

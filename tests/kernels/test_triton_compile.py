@@ -82,7 +82,8 @@ engine.backward(p, o, None, states, parts, False)
         "gradients gradients_exact",
     ),
     "scalar": (
-        "triton_scalar_forward,triton_scalar_backward,triton_segments",
+        "triton_scalar_forward,triton_scalar_backward,triton_gla_forward,triton_gla_backward,"
+        "triton_segments",
         """
 from glactl.kernels import triton_scalar as engine
 for decay in (None, g[..., 0].contiguous()):
@@ -115,6 +116,19 @@ for N in (1, 64):
 """,
         "_gla_step _gsa_step",
     ),
+    "scan": (
+        "triton_scan_forward,triton_scan_backward",
+        """
+from glactl.kernels import triton_scan as engine
+x, A, D = torch.empty(1, T, 4 * V, dtype=row), torch.empty(4 * V, 16), torch.empty(4 * V)
+b = torch.empty(1, T, 16, dtype=row)
+for chosen in (engine.DESIGNS["dot"], engine.DESIGNS["lanes"]):  # those of the rule
+    p = engine.plan(x, x, A, D, x, D, None, chosen)
+    y, final, states = engine.forward(p, b, b, None, True, True)
+    engine.backward(p, b, b, y, final, states, True)
+""",
+        "tiles local_states carry outputs gradients gather",
+    ),
 }
 SHARED = {80: 166_912, 90: 232_448}  # bytes a block may have
 # gradients_exact has 255 registers a thread and spills 168 bytes between its products; it runs only
@@ -125,11 +139,11 @@ MAY_SPILL = {
     ("key", name, cc) for name in ("gradients_exact", "sweep", "sweep_back") for cc in SHARED
 }
 MAY_SPILL |= {("key", name, 80) for name in ("gradients", "prepare_exact")}
-# The scalar engine is not timed on sm_80, where its walks spill. Where a decay wants its gradient,
+# The walks are those of the key gate. Where a decay wants its gradient,
 # `score_gradient` and `gradients` spill 12 and 112 bytes after their loops, at the
 # 128 registers a thread that let two blocks share a multiprocessor.
 MAY_SPILL |= {("scalar", name, cc) for name in ("score_gradient", "gradients") for cc in SHARED}
-MAY_SPILL |= {("scalar", name, 80) for name in ("sweep", "sweep_back", "local_states")}
+MAY_SPILL |= {("scalar", name, cc) for name in ("sweep", "sweep_back") for cc in SHARED}
 # Blocks beyond the safe range: `outputs` spills 116 bytes, `logit_gradients` 216, `slot_gradients`
 # 180; else 0, 84 and, at the 128 registers that let two blocks share a multiprocessor, 140.
 # `slots` spills 8 bytes at 128 registers.
@@ -139,6 +153,8 @@ MAY_SPILL |= {
     for cc in SHARED
 }
 MAY_SPILL |= {("slots", name, 80) for name in ("walk", "gradients")}  # not timed there
+# `gradients` spills up to 530 bytes round its loop over entries, `outputs` 190.
+MAY_SPILL |= {("scan", name, cc) for name in ("outputs", "gradients") for cc in SHARED}
 
 
 @pytest.mark.slow

@@ -189,4 +189,4 @@ def test_the_engines_ask(engine, monkeypatch):
     else:
         p = triton_scalar.plan(q, k, v, None, 1.0, None)
     assert asked == [(engine, "cpu", Key(64, 32, 16 * (engine == "slots"), 2, torch.float32))]
-    assert next(iter(kernels(p.tiles).values())).stages == 4
+    assert kernels(p.tiles)[next(iter(COLUMNS[engine]))].stages == 4

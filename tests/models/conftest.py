@@ -52,6 +52,18 @@ MODELS |= {
         "mixer": {"kind": "abc", "variant": "cumulative", "slots": 5},
         "positions": "none",
     },
+    "mamba, odd": {
+        "mixer": {
+            "kind": "mamba",
+            "expand": 1,
+            "state": 3,
+            "conv": 2,
+            "conv_bias": False,
+            "bias": True,
+            "dt_rank": 2,
+        },
+        "short_conv": 3,
+    },
     "kinds": {"n_layers": 4, "mixer": ["hgrn2", "transnormer", "hgrn2", "retnet"]},
     "one hgrn2": {"n_layers": 2, "mixer": ["hgrn2", "linear"]},
     "few slots": {"mixer": {"kind": "gsa", "heads": 1, "slots": 3}, "tie_embeddings": True},

@@ -20,6 +20,7 @@ MODELS = {
         "mixer": ["retnet", "transnormer", "linear", {"kind": "gla", "gate": "scalar"}],
     },
     "bounds": {"n_layers": 4, "mixer": ["hgrn2", "abc"]},
+    "mamba": {"mixer": "mamba"},
     "changes": {
         "mixer": [
             {"kind": "gsa", "slots": 16, "decay": "fixed"},

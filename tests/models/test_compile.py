@@ -20,6 +20,7 @@ MODELS = {
         "mixer": ["retnet", "transnormer", "linear", {"kind": "gla", "gate": "scalar"}],
     },
     "bounds": {"n_layers": 4, "mixer": ["hgrn2", "abc"]},
+    "mamba": {"mixer": "mamba"},
     "fixed decay": {"mixer": {"kind": "gsa", "slots": 16, "decay": "fixed"}},
 }
 # a gate on the value axis alone has no Triton engine
@@ -37,9 +38,9 @@ def fresh():
 @pytest.fixture
 def engines(monkeypatch):
     """All Triton engines, those included that run only where they are asked for."""
-    for operator in ("gla", "gsa"):  # the package has functions of these names
+    for operator in ("gla", "gsa", "scan"):  # the package has functions of these names
         module = import_module(f"glactl.kernels.{operator}")
-        monkeypatch.setattr(module, "PROVEN", {"gk", "g", None, "gsa", "step", "gsa step"})
+        monkeypatch.setattr(module, "PROVEN", {"gk", "g", None, "gsa", "step", "gsa step", "scan"})
 
 
 def model(name, **options):
@@ -84,7 +85,7 @@ def test_one_graph_gives_the_same(name):
         torch.testing.assert_close(whole(tokens)[0], truth[0])
 
 
-@pytest.mark.parametrize("name", ["gla", "gsa"])
+@pytest.mark.parametrize("name", ["gla", "gsa", "mamba"])
 def test_one_graph_reads_and_returns_states(name):
     lm, tokens = model(name), draw(2, 9)
     whole = torch.compile(lm, backend="aot_eager", fullgraph=True)
@@ -96,11 +97,11 @@ def test_one_graph_reads_and_returns_states(name):
         assert all(torch.equal(x[part], y[part]) for part in y)
 
 
-@pytest.mark.parametrize("name", ["gla", "gsa"])
+@pytest.mark.parametrize("name", ["gla", "gsa", "mamba"])
 def test_the_triton_engines_are_in_the_graph(name, engines, monkeypatch):
     """Traced with shapes alone, forward and backward, without a GPU."""
     pytest.importorskip("triton")
-    for operator in ("gla", "gsa"):
+    for operator in ("gla", "gsa", "scan"):
         module = import_module(f"glactl.kernels.{operator}")
         monkeypatch.setattr(module, "pick_backend", lambda *_: "triton")
     lm, meta = model(name).to("meta"), torch.zeros(2, 130, dtype=torch.int64, device="meta")
@@ -113,7 +114,7 @@ def test_the_triton_engines_are_in_the_graph(name, engines, monkeypatch):
     whole = torch.compile(lm, backend=aot_autograd(fw_compiler=backend), fullgraph=True)
     hidden = whole(meta)[0]
     hidden.sum().backward()
-    engine = {"gla": "gla_key", "gsa": "gsa"}[name]
+    engine = {"gla": "gla_key", "gsa": "gsa", "mamba": "scan"}[name]
     for direction in ("forward", "backward"):
         found = [n for n in names if n.startswith(f"glactl.{engine}_{direction}")]
         assert len(found) == 2, names

@@ -29,6 +29,7 @@ MODELS = {
         "mixer": ["retnet", "transnormer", "linear", {"kind": "gla", "gate": "scalar"}],
     },
     "bounds": {"n_layers": 4, "mixer": ["hgrn2", "abc"]},
+    "mamba": {"mixer": "mamba"},
     "fixed decay": {"mixer": {"kind": "gsa", "slots": 16, "decay": "fixed"}},
     "learned": {"mixer": "attention", "positions": "learned", "max_len": 64, "norm": "layernorm"},
 }
@@ -39,15 +40,15 @@ EPS = torch.finfo(torch.float64).eps
 def engines(monkeypatch):
     """The Triton engines' operators, whose fake implementations give shapes without a launch."""
     pytest.importorskip("triton")
-    from glactl.kernels import triton_gla_op, triton_gsa_op, triton_scalar_op
+    from glactl.kernels import triton_gla_op, triton_gsa_op, triton_scalar_op, triton_scan_op
 
-    for module in (triton_gla_op, triton_gsa_op, triton_scalar_op):
+    for module in (triton_gla_op, triton_gsa_op, triton_scalar_op, triton_scan_op):
         monkeypatch.setattr(module, "_run_forward", module._forward)
         monkeypatch.setattr(module, "_run_backward", module._backward)
-    for name in ("gla", "gsa"):  # the package has functions of these names
+    for name in ("gla", "gsa", "scan"):  # the package has functions of these names
         module = import_module(f"glactl.kernels.{name}")
         monkeypatch.setattr(module, "pick_backend", lambda *_: "triton")
-        monkeypatch.setattr(module, "PROVEN", {"gk", "g", None, "gsa"})
+        monkeypatch.setattr(module, "PROVEN", {"gk", "g", None, "gsa", "scan"})
     enabled = torch.is_autocast_enabled  # of a device that autocast knows
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
 
