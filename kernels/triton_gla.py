@@ -11,6 +11,7 @@ fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from glactl.kernels import triton_gla_backward as backward_kernels
 from glactl.kernels import triton_gla_forward as forward_kernels
 from glactl.kernels import triton_gla_strong as strong_kernels
 from glactl.kernels import triton_walks as walks
+from glactl.kernels.triton_launch import launch, signature
 from glactl.kernels.triton_layout import BLOCK, CHUNK, cut
 from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
@@ -35,6 +37,7 @@ class Tiles(walks.Tiles):
     gradients_exact: Tile
 
 
+@cache  # one object a shape: `tuned` looks it up in every call
 def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     """The rule: how large a tile fits the registers and shared memory at this shape."""
     v = min(V, 64)
@@ -107,7 +110,8 @@ def plan(
     rule = rule or tuned("key", q.device, key, tiles(K, V, dtype))
     walkers = H * (V // rule.sweep.V)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
-    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, g)
+    number = signature(q.device, H, HQ, K, V, q.dtype, k.dtype, v.dtype, g.dtype)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, number, g)
 
 
 def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
@@ -118,11 +122,21 @@ def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
     G = p.new(*shapes[4][0], dtype=torch.float32) if want_sums else p.new(0)
     t = p.tiles.prepare
     args = (p.q, p.k, p.g, p.layout.blocks, qh, kh, G, a, ge, p.scale, p.H)
-    forward_kernels.prepare[(n * HQ,)](
-        *args, K=p.K, KB=t.K, R=p.R, STORE=want_sums, PREC=p.prec, **t.options
+    launch(
+        p.number,
+        forward_kernels.prepare,
+        n * HQ,
+        *args,
+        K=p.K,
+        KB=t.K,
+        R=p.R,
+        STORE=want_sums,
+        PREC=p.prec,
+        **t.options,
     )
     t = p.tiles.prepare_exact
-    strong_kernels.prepare_exact[(n * HQ,)](
+    launch(
+        p.number, strong_kernels.prepare_exact, n * HQ,
         p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
         K=p.K, KB=t.K, R=p.R, LIMIT=p.limit, PREC=p.prec, **t.options,
     )  # fmt: skip
@@ -154,7 +168,8 @@ def backward(
     dks = p.new(nb, p.H, BLOCK, p.K, dtype=kept)
     sizes = p.new(nb, HQ, p.K // t.K, 2, dtype=torch.float32)
     through = p.new(nb, p.H, p.K, dtype=torch.float32)
-    backward_kernels.state_gradients[(nb * HQ * (p.K // t.K + 1),)](
+    launch(
+        p.number, backward_kernels.state_gradients, nb * HQ * (p.K // t.K + 1),
         do, p.v, states, dstates, p.layout.blocks, da, dqs, dks, sizes, through, p.H,
         K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, SPLIT=p.split, PREC=p.prec, **t.options,
     )  # fmt: skip
@@ -164,13 +179,15 @@ def backward(
     wide, t = t.K, p.tiles.gradients
     # all K tiles in one program, unless that leaves too few programs for the chip
     n = p.K // t.K if p.split and nb * p.H >= 264 else 1
-    backward_kernels.gradients[(nb * p.H * (p.K // (t.K * n)),)](
+    launch(
+        p.number, backward_kernels.gradients, nb * p.H * (p.K // (t.K * n)),
         p.q, p.k, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
         K=p.K, KB=t.K, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
         **t.options,
     )  # fmt: skip
     columns, t = t.K, p.tiles.gradients_exact  # those of `gradients`, whose tiles it completes
-    strong_kernels.gradients_exact[(nb * p.H * (p.K // (columns * n)),)](
+    launch(
+        p.number, strong_kernels.gradients_exact, nb * p.H * (p.K // (columns * n)),
         p.q, p.k, p.g, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale,
         p.H, K=p.K, KB=columns, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
         **t.options,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_gla
+from glactl.kernels.triton_launch import aligned
 from glactl.kernels.triton_layout import block_count
 from glactl.kernels.triton_walks import operand_dtype
 
@@ -19,6 +20,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, s0: Tensor | None,
     cu_seqlens: Tensor | None, want_final: bool, want_states: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, g, s0 = aligned(q, k, v, g, s0)
     p = triton_gla.plan(q, k, v, g, scale, cu_seqlens)
     o, final, states, parts = triton_gla.forward(p, s0, want_final, want_states)
     return [o, final, states, *(parts if want_states else [])]
@@ -52,6 +54,7 @@ def _run_backward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None,
     do: Tensor, dfinal: Tensor | None, states: Tensor, parts: list[Tensor], want_initial: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, g, do, dfinal = aligned(q, k, v, g, do, dfinal)
     p = triton_gla.plan(q, k, v, g, scale, cu_seqlens)
     return list(triton_gla.backward(p, do, dfinal, states, tuple(parts), want_initial))
 
@@ -85,10 +88,10 @@ class _GLAKey(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):  # type: ignore[no-untyped-def]
         q, k, v, g, cu_seqlens, states, *parts = ctx.saved_tensors
-        dfinal = dfinal.float().contiguous() if ctx.final else None
+        dfinal = dfinal.float() if ctx.final else None
         run = _backward if torch.compiler.is_compiling() else _run_backward
         dq, dk, dv, dg, ds0 = run(
-            q, k, v, g, ctx.scale, cu_seqlens, do.contiguous(), dfinal, states, parts, ctx.initial
+            q, k, v, g, ctx.scale, cu_seqlens, do, dfinal, states, parts, ctx.initial
         )
         return dq, dk, dv, dg, ds0 if ctx.initial else None, None, None, None, None
 
@@ -121,7 +124,7 @@ def gla_key(
     Memory: between forward and backward, the state of every 128th row and the scaled operands.
     """
     K, V = q.shape[3], v.shape[3]
-    scale = K**-0.5 if scale is None else scale
+    scale = K**-0.5 if scale is None else float(scale)
     wide_k = _width(K, 64 if q.dtype == torch.bfloat16 else 16)
     wide_v = _width(V, 16)
     if wide_k != K:

@@ -30,16 +30,17 @@ they need 96 more where K or V is below 128 or query heads share states.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from glactl.kernels import triton_gsa_backward as backward_kernels
 from glactl.kernels import triton_gsa_forward as forward_kernels
-from glactl.kernels.triton_gla import operand_dtype
+from glactl.kernels.triton_launch import launch, signature
 from glactl.kernels.triton_layout import BLOCK, Layout, cut
 from glactl.kernels.triton_segments import carried
+from glactl.kernels.triton_walks import operand_dtype
 from glactl.kernels.tuned import Key, tuned
 
 MOST_SLOTS = {torch.bfloat16: 256, torch.float32: 128}  # by operands: what shared memory holds
@@ -90,6 +91,7 @@ class Tiles:
     programs: int
 
 
+@cache  # one object a shape: `tuned` looks it up in every call
 def tiles(K: int, V: int, M: int, R: int, dtype: torch.dtype) -> Tiles:
     """The rule: how large a tile fits the registers and shared memory at this shape."""
     columns = min(K, V, 64)
@@ -129,6 +131,7 @@ class Plan:
     M: int
     dtype: torch.dtype  # of the operands in memory
     tiles: Tiles
+    number: int  # see triton_launch.py
 
     @property
     def bf16(self) -> bool:
@@ -173,7 +176,9 @@ def plan(
     rule = tuned("slots", q.device, key, tiles(K, V, M, HQ // H, dtype))
     walkers = H * ((K + V) // rule.walk.columns)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
-    return Plan(q, k, v, s, g, scale, slots, layout, H, HQ // H, K, V, M, dtype, rule)
+    types = None if s is None else s.dtype, q.dtype, k.dtype, v.dtype, g.dtype
+    number = signature(q.device, H, HQ, K, V, M, slots, *types)
+    return Plan(q, k, v, s, g, scale, slots, layout, H, HQ // H, K, V, M, dtype, rule, number)
 
 
 def saved_shapes(
@@ -230,12 +235,14 @@ def walk(
         decay = p.new(n, p.H, p.M, dtype=torch.float32)
     for summary in (True, False) if cut else (False,):
         if cut and not summary:
-            start = carried(p.layout, local, decay, start, reverse)
-        forward_kernels.walk[(n * p.H * (width // t.columns),)](
-            x1, y1, x2, y2, ge, p.layout.segments, start, local, decay, states, last, p.H,
+            start = carried(p.number, p.layout, local, decay, start, reverse)
+        first, end = (None, None) if summary else (start, last)
+        launch(
+            p.number, forward_kernels.walk, n * p.H * (width // t.columns),
+            x1, y1, x2, y2, ge, p.layout.segments, first, local, decay, states, end, p.H,
             M=p.M, W1=p.K, W2=p.V, WB=t.columns, R=p.R if reverse else 1, REVERSE=reverse,
-            SUMMARY=summary, START=start is not None and not summary, CUT=cut,
-            LAST=last is not None and not summary, PREC=p.prec, **t.options,
+            SUMMARY=summary, START=first is not None, CUT=cut, LAST=end is not None, PREC=p.prec,
+            **t.options,
         )  # fmt: skip
 
 
@@ -249,7 +256,8 @@ def forward(
     kept = [p.new(*s, dtype=d) if save or j < 5 else p.new(0) for j, (s, d) in enumerate(shapes)]
     sh, G, ge, levels, states, *rest = kept
     t, table = p.tiles.slots, selections(p.dtype, p.q.device)
-    forward_kernels.slots[(nb * p.H * (p.M // t.columns),)](
+    launch(
+        p.number, forward_kernels.slots, nb * p.H * (p.M // t.columns),
         p.s, p.g, p.layout.blocks, table, sh, G, ge, levels, p.H,
         M=p.M, MB=t.columns, GIVEN=p.s is not None, LIMIT=p.limit, **t.options,
     )  # fmt: skip
@@ -261,7 +269,8 @@ def forward(
     t = p.tiles.outputs
     scratch = p.new(*(0,) if t.slots >= p.M else (nb, HQ, BLOCK, p.M), dtype=torch.float32)
     for strong in (False, True):
-        forward_kernels.outputs[(nb * HQ,)](
+        launch(
+            p.number, forward_kernels.outputs, nb * HQ,
             p.q, p.k, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, o, *rest,
             scratch, p.scale, p.slots, p.H,
             K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=p.s is not None,
@@ -284,14 +293,16 @@ def backward(
     t = p.tiles.logits
     scratch = p.new(*(0,) if t.slots >= p.M else prob.shape, dtype=torch.float32)
     for strong in (False, True):
-        backward_kernels.logit_gradients[(nb * HQ,)](
+        launch(
+            p.number, backward_kernels.logit_gradients, nb * HQ,
             do, p.v, p.s, p.g, p.layout.blocks, table, G, ge, levels, states, prob, zs, a2, da2,
             da1, x1, x2, ds_part, dg_part, scratch, p.scale, p.H,
             K=p.K, V=p.V, M=p.M, WB=t.columns, MB=min(p.M, t.slots), R=p.R, GIVEN=given,
             STRONG=strong, IN_PLACE=p.in_place, PREC=p.prec, **t.options,
         )  # fmt: skip
         u = p.tiles.slot_gradients[strong]
-        backward_kernels.slot_gradients[(nb * HQ * (p.M // min(p.M, u.slots)),)](
+        launch(
+            p.number, backward_kernels.slot_gradients, nb * HQ * (p.M // min(p.M, u.slots)),
             p.s, p.g, p.layout.blocks, table, G, ge, levels, prob, a1, da2, ds_part, dg_part, p.H,
             K=p.K, M=p.M, MB=min(p.M, u.slots), R=p.R, GIVEN=given, STRONG=strong,
             IN_PLACE=p.in_place, PREC=p.prec, **u.options,
@@ -305,7 +316,8 @@ def backward(
     dg = torch.empty_like(p.g)
     ds = p.new(0) if p.s is None else torch.empty_like(p.s)
     t = p.tiles.gradients
-    backward_kernels.gradients[(nb * p.H,)](
+    launch(
+        p.number, backward_kernels.gradients, nb * p.H,
         p.q, p.k, p.v, do, p.s, p.g, p.layout.blocks, table, sh, ge, states, dstates, a2, da1, x1,
         ds_part, dg_part, dq, dk, dv, ds, dg, p.H,
         K=p.K, V=p.V, M=p.M, KB=t.columns, VB=t.columns, R=p.R, GIVEN=given, HOIST=p.hoist,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_gsa
+from glactl.kernels.triton_launch import aligned
 from glactl.kernels.triton_layout import block_count
 
 
@@ -18,6 +19,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor, scale: float, slots: int,
     start: Tensor | None, cu_seqlens: Tensor | None, want_final: bool, save: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, s, g, start = aligned(q, k, v, s, g, start)
     p = triton_gsa.plan(q, k, v, s, g, scale, slots, cu_seqlens)
     o, final, kept = triton_gsa.forward(p, start, want_final, save)
     return [o, final, *(kept if save else [])]
@@ -52,6 +54,7 @@ def _run_backward(
     cu_seqlens: Tensor | None, do: Tensor, dfinal: Tensor | None, kept: list[Tensor],
     want_initial: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, s, g, do, dfinal = aligned(q, k, v, s, g, do, dfinal)
     p = triton_gsa.plan(q, k, v, s, g, scale, slots, cu_seqlens)
     return list(triton_gsa.backward(p, do, dfinal, kept, want_initial))
 
@@ -89,10 +92,10 @@ class _GSA(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):  # type: ignore[no-untyped-def]
         q, k, v, s, g, cu_seqlens, *kept = ctx.saved_tensors
-        dfinal = dfinal.float().contiguous() if ctx.final else None
+        dfinal = dfinal.float() if ctx.final else None
         run = _backward if torch.compiler.is_compiling() else _run_backward
         dq, dk, dv, ds, dg, dstart = run(
-            q, k, v, s, g, ctx.scale, ctx.slots, cu_seqlens, do.contiguous(), dfinal, kept,
+            q, k, v, s, g, ctx.scale, ctx.slots, cu_seqlens, do, dfinal, kept,
             ctx.initial,
         )  # fmt: skip
         ds = None if s is None else ds
@@ -139,7 +142,7 @@ def gsa_fused(
     power of two, all of them at least 16, in bf16 64. Memory: between forward and backward, the states
     of every 128th row, and of each row and head 256 bytes and 10 M bytes in bf16.
     """
-    gate = s if g is None else g
+    gate, scale = s if g is None else g, float(scale)
     if gate is None:
         raise ValueError("s and g are both None; gsa needs s, g or both")
     K, V, M = q.shape[3], v.shape[3], gate.shape[3]
@@ -153,7 +156,11 @@ def gsa_fused(
     # 64 columns at least in bf16: Triton 3.6 lets products of a matrix from memory with fewer than
     # 64 columns from registers read shared memory past its end (H100, compute-sanitizer)
     least = 64 if q.dtype == torch.bfloat16 else 16
-    wide_k, wide_v, wide_m = _width(K, least), _width(V, least), max(least, 1 << (M - 1).bit_length())
+    wide_k, wide_v, wide_m = (
+        _width(K, least),
+        _width(V, least),
+        max(least, 1 << (M - 1).bit_length()),
+    )
     q, k, v, g = _pad(q, wide_k), _pad(k, wide_k), _pad(v, wide_v), _pad(g, wide_m)
     start = None
     if initial_state is not None:

@@ -25,6 +25,7 @@ multiprocessor; with a gradient for g they spill 112 and 12 bytes after their lo
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ from glactl.kernels import triton_gla
 from glactl.kernels import triton_scalar_backward as backward_kernels
 from glactl.kernels import triton_scalar_forward as forward_kernels
 from glactl.kernels import triton_walks as walks
+from glactl.kernels.triton_launch import launch, signature
 from glactl.kernels.triton_layout import BLOCK, cut
 from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
@@ -49,6 +51,7 @@ class Tiles(walks.Tiles):
     gradients: Tile
 
 
+@cache  # one object a shape: `tuned` looks it up in every call
 def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     """The rule: that of the key gate for the walks, and how large a tile fits the others."""
     key = triton_gla.tiles(K, V, dtype)
@@ -102,7 +105,9 @@ def plan(
     dtype = operand_dtype(q, k, v)
     rule = tuned("scalar", q.device, Key(K, V, 0, HQ // H, dtype), tiles(K, V, dtype))
     layout = cut(B, T, cu_seqlens, H * (V // rule.sweep.V), rule.programs, q.device)
-    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, g)
+    kind = None if g is None else g.dtype
+    number = signature(q.device, H, HQ, K, V, q.dtype, k.dtype, v.dtype, kind)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, number, g)
 
 
 def forward(
@@ -113,7 +118,8 @@ def forward(
     shapes = saved_shapes(nb, p.H, p.H * p.R, p.K, p.dtype)
     parts = qh, kh, a, ge = tuple(p.new(*s, dtype=d) for s, d in shapes)
     t = p.tiles.scores
-    forward_kernels.scores[(2 * nb * p.H * p.R,)](
+    launch(
+        p.number, forward_kernels.scores, 2 * nb * p.H * p.R,
         p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
         K=p.K, KB=t.K, BF16=p.split, **p.common, **t.options,
     )  # fmt: skip
@@ -133,7 +139,8 @@ def backward(
     t = p.tiles.score_gradient
     da = p.new(nb, HQ, BLOCK, BLOCK)
     own = p.new(*((nb, HQ, BLOCK) if want_gate else (0,)), dtype=torch.float32)
-    backward_kernels.score_gradient[(nb * HQ,)](
+    launch(
+        p.number, backward_kernels.score_gradient, nb * HQ,
         do, p.v, p.g, p.layout.blocks, da, own, p.scale, p.H,
         V=p.V, VB=t.V, GRAD=want_gate, **p.common, **t.options,
         **(TWO_BLOCKS if p.split else {}),
@@ -146,7 +153,8 @@ def backward(
     through = p.new(*((nb, p.H, NK) if want_gate else (0,)), dtype=torch.float32)
     # where one step covers V, its buffers leave no room for a second block
     pair = TWO_BLOCKS if p.split and p.V > t.V else {}
-    backward_kernels.gradients[(nb * p.H * NK,)](
+    launch(
+        p.number, backward_kernels.gradients, nb * p.H * NK,
         p.q, p.k, p.g, do, p.v, states, dstates, da, own, p.layout.blocks, dq, dk, shares, through,
         p.scale, p.H,
         K=p.K, V=p.V, KB=t.K, VB=t.V, GRAD=want_gate, **p.common, **t.options,
@@ -156,7 +164,18 @@ def backward(
         return dq, dk, dv, p.new(0), ds0
     kind = gate_kind(p.g)
     dg = p.new(*p.q.shape[:2], p.H, dtype=p.g.dtype if kind == 2 else torch.float32)
-    backward_kernels.gate_gradient[(nb * p.H,)](
-        p.g, p.layout.blocks, shares, through, dg, p.H, NK=NK, GATE=kind, num_warps=4
+    launch(
+        p.number,
+        backward_kernels.gate_gradient,
+        nb * p.H,
+        p.g,
+        p.layout.blocks,
+        shares,
+        through,
+        dg,
+        p.H,
+        NK=NK,
+        GATE=kind,
+        num_warps=4,
     )
     return dq, dk, dv, dg if kind == 2 else dg.sum((0, 1)).to(p.g.dtype), ds0

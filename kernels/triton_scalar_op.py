@@ -12,6 +12,7 @@ from torch import Tensor
 
 from glactl.kernels import triton_scalar
 from glactl.kernels.triton_gla_op import _width as padded_width
+from glactl.kernels.triton_launch import aligned
 from glactl.kernels.triton_layout import block_count
 from glactl.kernels.triton_walks import operand_dtype
 
@@ -20,6 +21,7 @@ def _run_forward(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, scale: float, s0: Tensor | None,
     cu_seqlens: Tensor | None, want_final: bool, want_states: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, g, s0 = aligned(q, k, v, g, s0)
     p = triton_scalar.plan(q, k, v, g, scale, cu_seqlens)
     o, final, states, parts = triton_scalar.forward(p, s0, want_final, want_states)
     return [o, final, states, *(parts if want_states else [])]
@@ -53,6 +55,7 @@ def _run_backward(
     do: Tensor, dfinal: Tensor | None, states: Tensor, parts: list[Tensor], want_gate: bool,
     want_initial: bool,
 ) -> list[Tensor]:  # fmt: skip
+    q, k, v, g, do, dfinal = aligned(q, k, v, g, do, dfinal)
     p = triton_scalar.plan(q, k, v, g, scale, cu_seqlens)
     return list(
         triton_scalar.backward(p, do, dfinal, states, tuple(parts), want_gate, want_initial)
@@ -90,11 +93,11 @@ class _GLAScalar(torch.autograd.Function):
     @staticmethod
     def backward(ctx, do, dfinal):  # type: ignore[no-untyped-def]
         q, k, v, g, cu_seqlens, states, *parts = ctx.saved_tensors
-        dfinal = dfinal.float().contiguous() if ctx.final else None
+        dfinal = dfinal.float() if ctx.final else None
         gate, initial = ctx.needs_input_grad[3], ctx.initial
         run = _backward if torch.compiler.is_compiling() else _run_backward
         dq, dk, dv, dg, ds0 = run(
-            q, k, v, g, ctx.scale, cu_seqlens, do.contiguous(), dfinal, states, parts, gate, initial
+            q, k, v, g, ctx.scale, cu_seqlens, do, dfinal, states, parts, gate, initial
         )
         return (
             dq, dk, dv, dg if gate else None, ds0 if initial else None, None, None, None, None,
@@ -127,7 +130,7 @@ def gla_scalar(
     Memory: between forward and backward, the state of every 128th row and 64 scores a query.
     """
     K, V = q.shape[3], v.shape[3]
-    scale = K**-0.5 if scale is None else scale
+    scale = K**-0.5 if scale is None else float(scale)
     wide_k = padded_width(K, 64 if q.dtype == torch.bfloat16 else 16)
     # tiles of 32 columns are miscompiled where K is wide, see triton_scalar.py
     wide_v = padded_width(V, 64 if wide_k > 128 and q.dtype == torch.bfloat16 else 16)

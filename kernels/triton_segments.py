@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glactl.kernels.triton_launch import launch
 from glactl.kernels.triton_layout import Layout
 
 
@@ -81,11 +82,12 @@ def carry(
 
 
 def carried(
-    layout: Layout, local: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool
+    number: int, layout: Layout, local: Tensor, decay: Tensor, initial: Tensor | None, reverse: bool
 ) -> Tensor:
     """The state each segment starts from, or its gradient: (segments, H, K, V) as local.
 
     Args:
+        number: of the call, see triton_launch.py.
         layout: the cut; entries of segments it does not use stay unwritten.
         local: (segments, H, K, V), fp32: each segment's state from zero; the last of a sequence, or
             the first if reverse, is not read.
@@ -96,7 +98,8 @@ def carried(
     H, K, V = local.shape[1:]
     kb, vb = min(K, 8), gcd(V, 64)  # 16 bytes a thread, so that few heads still fill the chip
     start = torch.empty_like(local)
-    carry[(len(layout.bounds) * H * (K // kb) * (V // vb),)](
+    launch(
+        number, carry, len(layout.bounds) * H * (K // kb) * (V // vb),
         local, decay, initial, layout.bounds, start, H,
         K=K, V=V, KB=kb, VB=vb, INITIAL=initial is not None, REVERSE=reverse, num_warps=4,
     )  # fmt: skip

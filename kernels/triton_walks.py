@@ -11,6 +11,7 @@ from torch import Tensor
 
 from glactl.kernels import triton_gla_backward as backward_kernels
 from glactl.kernels import triton_gla_forward as forward_kernels
+from glactl.kernels.triton_launch import launch
 from glactl.kernels.triton_layout import Layout
 from glactl.kernels.triton_segments import carried
 
@@ -60,6 +61,7 @@ class Plan:
     V: int
     dtype: torch.dtype  # of the operands in memory
     tiles: Tiles
+    number: int  # see triton_launch.py
 
     @property
     def split(self) -> bool:
@@ -91,12 +93,13 @@ def segment_starts(
     n, t = len(p.layout.segments), p.tiles.local
     local = p.new(n, p.H, p.K, p.V, dtype=torch.float32)
     decay = p.new(n, p.H, p.K, dtype=torch.float32)
-    forward_kernels.local_states[(n * p.H * (p.K // t.K) * (p.V // t.V),)](
+    launch(
+        p.number, forward_kernels.local_states, n * p.H * (p.K // t.K) * (p.V // t.V),
         x, y, ge, p.layout.segments, local, decay, p.H,
         K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R if reverse else 1, REVERSE=reverse, PREC=p.prec,
         **t.options,
     )  # fmt: skip
-    return carried(p.layout, local, decay, initial, reverse)
+    return carried(p.number, p.layout, local, decay, initial, reverse)
 
 
 def walk(
@@ -112,7 +115,8 @@ def walk(
     if want_final:  # what a sequence without rows leaves
         final.copy_(s0) if s0 is not None else final.zero_()
     t = p.tiles.sweep
-    forward_kernels.sweep[(n * p.H * (p.V // t.V),)](
+    launch(
+        p.number, forward_kernels.sweep, n * p.H * (p.V // t.V),
         qh, kh, a, ge, p.v, p.layout.segments, start, o, states, final, p.H,
         K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
         STORE=want_states, FINAL=want_final, PREC=p.prec, **t.options,
@@ -132,7 +136,8 @@ def walk_back(
     ds0 = p.new(N, p.H, p.K, p.V, dtype=torch.float32) if want_initial else p.new(0)
     if want_initial:
         ds0.copy_(dfinal) if dfinal is not None else ds0.zero_()
-    backward_kernels.sweep_back[(n * p.H * (p.V // t.V),)](
+    launch(
+        p.number, backward_kernels.sweep_back, n * p.H * (p.V // t.V),
         qh, kh, a, ge, do, p.layout.segments, start, dv, dstates, ds0, p.H,
         K=p.K, V=p.V, VB=t.V, R=p.R, START=start is not None, CUT=p.layout.split,
         INITIAL=want_initial, PREC=p.prec, **t.options,

@@ -206,7 +206,13 @@ def tuned(engine: str, device: torch.device, key: Key, rule: T) -> T:
     Raises:
         ValueError: the table cannot be read, or its entry has names or values that there are not.
     """
-    return _found(engine, device, key, rule) if device.type == "cuda" else rule
+    if device.type != "cuda":
+        return rule
+    seen = _seen.get((engine, device, key))
+    if seen is None or seen[0] is not rule:
+        seen = _seen[engine, device, key] = rule, _found(engine, device, key, rule)
+    found: T = seen[1]
+    return found
 
 
 @cache
@@ -214,7 +220,9 @@ def _entries(file: Path) -> list[dict[str, Any]]:
     return read(file)
 
 
-@cache  # a lookup in every call of an operator: by value, some microseconds
+_seen: dict[tuple[str, torch.device, Key], tuple[Any, Any]] = {}  # a rule, and what is used
+
+
 def _found(engine: str, device: torch.device, key: Key, rule: T) -> T:
     file = path()
     wanted = place(device) | {"engine": engine} | key.plain

@@ -7,8 +7,8 @@ and of the new ones. Laid end to end, its keys begin at row F_n = sum_{m < n} (c
     query i sees the rows F_n + j with j <= c_n + i and j > c_n + i - window                     (2)
 
 (2) is the causal mask aligned to the last key. Two of torch's kernels have it: flash attention
-(bf16 and fp16, widths that are multiples of 8 up to 256) and the memory-efficient one (fp32 and
-all else). They are called as operators of aten, as scaled_dot_product_attention and nested tensors
+(bf16 and fp16, widths that are multiples of 8 up to 256) and, without a window, the
+memory-efficient one (fp32 and all else; its windows are others, H100, torch 2.11). They are called as operators of aten, as scaled_dot_product_attention and nested tensors
 do, because only so both take bounds, a window and a limit of the lengths that is not looked up on
 the device. A program is started for every 64 or 128 tokens of `longest` in every sequence; those
 behind a sequence's end do nothing.
@@ -26,6 +26,16 @@ BOTTOM_RIGHT = 2  # aten's number for the mask (2) of the memory-efficient kerne
 Past = tuple[Tensor, Tensor, Tensor]
 
 
+def fits(q: Tensor, window: int | None) -> bool:
+    """Whether one of the two kernels takes queries (..., D) of this type with this window."""
+    return q.dtype != torch.float64 and (window is None or _flash(q))
+
+
+def _flash(q: Tensor) -> bool:
+    D = q.shape[-1]
+    return q.dtype in (torch.bfloat16, torch.float16) and D % 8 == 0 and D <= FLASH_WIDEST
+
+
 def varlen(
     q: Tensor,
     k: Tensor,
@@ -38,7 +48,7 @@ def varlen(
     """Attention of every sequence to itself.
 
     Args:
-        q: queries of M tokens, (M, heads, D), fp32, bf16 or fp16.
+        q: queries of M tokens, (M, heads, D), which `fits`.
         k, v: their keys and values, (M, kv_heads, D); kv_heads divides heads.
         past: keys and values before, (N, L, kv_heads, D), in order, and which count, (N, L).
         at: where each of the M tokens belongs.
@@ -89,8 +99,7 @@ def _kernel(
     window: int | None,
 ) -> Tensor:
     """(2), for bounds (N + 1,) int32 of at most `most` queries and rows of `longest` keys each."""
-    D = q.shape[2]
-    if q.dtype != torch.float32 and D % 8 == 0 and D <= FLASH_WIDEST:
+    if _flash(q):
         left = None if window is None else window - 1
         flash = torch.ops.aten._flash_attention_forward
         o: Tensor = flash(
@@ -123,6 +132,5 @@ def _kernel(
         0.0,
         BOTTOM_RIGHT,
         q.requires_grad or k.requires_grad or v.requires_grad,
-        window_size=window,
     )[0]
     return o[0]

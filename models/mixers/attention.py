@@ -31,7 +31,7 @@ from glactl.models import spec
 from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost, rotate
 from glactl.models.mixers import base
 from glactl.models.mixers.base import ALONE, INT64, Depth
-from glactl.models.varlen import varlen
+from glactl.models.varlen import fits, varlen
 
 GROWTH = 64  # tokens that a full state grows by, so that few steps copy it
 STATE = ("k", "v", "length")
@@ -130,7 +130,7 @@ class Attention(nn.Module):
             longest = _largest(at.length if state is None else at.length + state["length"])
         if cu_seqlens is None:
             o = self._attend(q, k, v, self._past(state, None, longest - T))
-        elif x.device.type == "cpu" or q.dtype == torch.float64:
+        elif x.device.type == "cpu" or not fits(q, self.window):
             o = self._grouped(q[0], k[0], v[0], state, at, longest)[None]
         else:
             past = self._past(state, None, longest)

@@ -8,6 +8,7 @@ from oracle import CUDA, DEVICE, rms
 
 pytest.importorskip("triton")
 from glactl.kernels import triton_layout
+from glactl.kernels.triton_launch import signature
 from glactl.kernels.triton_segments import carried
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,8 @@ def test_carried_matches_the_fp64_recurrence(length, K, V, reverse, given) -> No
                 S = decay[m].double().exp()[..., None] * S + local[m].double()
     assert len(expected) == {1: 13, 3: 6}[length]
     initial = None if initial is None else initial.to(DEVICE)
-    start = carried(layout, local.to(DEVICE), decay.to(DEVICE), initial, reverse).cpu()
+    number = signature(torch.device(DEVICE), *local.shape[1:])
+    start = carried(number, layout, local.to(DEVICE), decay.to(DEVICE), initial, reverse).cpu()
     for m, S in expected.items():
         error = rms(start[m].double() - S)
         assert error <= 10 * torch.finfo(torch.float32).eps * rms(S), m

@@ -30,7 +30,7 @@ def table(tmp_path, monkeypatch):
 
 def forget():
     tuned._entries.cache_clear()
-    tuned._found.cache_clear()
+    tuned._seen.clear()
 
 
 def entry(tiles, **other):

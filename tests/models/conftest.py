@@ -43,6 +43,9 @@ MODELS |= {
         "mixer": {"kind": "gsa", "kv_heads": 2, "slots": 5, "read": "swish", "decay": "none"}
     },
     "linear, elu": {"mixer": {"kind": "linear", "expand_v": 0.5, "feature_map": "elu"}},
+    "retnet, made of attention": {
+        "mixer": {"kind": "retnet", "kv_heads": 2, "feature_map": "relu", "output_gate": False}
+    },
     "retnet, no rotation": {"mixer": {"kind": "retnet", "heads": 2}, "positions": "none"},
     "transnormer, all": {
         "mixer": {"kind": "transnormer", "heads": 2, "decay": "lightning", "lrpe": "all"}
