@@ -14,9 +14,10 @@ arXiv:2305.13245. (2) itself is torch's scaled_dot_product_attention.
 
 No mask is ever quadratic in more than a sequence. Packed sequences on a GPU are one call of a fused
 kernel that reads their bounds on the device (`glactl.models.varlen`), so nothing waits for it. On
-the CPU they are taken in groups whose lengths lie between two powers of two, each a padded batch,
-so there are few calls and at most four times the least work. With a window, queries are taken in
-blocks of that many, each with the keys of its block and of the window before it.
+the CPU, and with a window in fp32, they are taken in groups whose lengths lie between two powers of
+two, each a padded batch, so there are few calls and at most four times the least work. With a
+window, queries are taken in blocks of that many, each with the keys of its block and of the window
+before it.
 """
 
 from collections.abc import Iterator

@@ -79,6 +79,8 @@ def test_values_are_an_error_on_meta():
 @pytest.mark.parametrize("fields", MODELS.values(), ids=MODELS)
 def test_training(fields, packed, dtype, engines):
     lm = model(fields, dtype)
+    if fields is MODELS["window"] and packed and dtype == torch.float32:
+        pytest.skip("no kernel takes a window in fp32: sequences go by groups of like lengths")
     shape = (2, 9) if packed is None else (1, 18)
     bounds = packed and torch.tensor([0, 7, 7, 18], dtype=torch.int32).to(packed)
     hidden, _ = lm(tokens(*shape), cu_seqlens=bounds)
