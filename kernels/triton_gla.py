@@ -25,6 +25,8 @@ from glactl.kernels.triton_layout import BLOCK, CHUNK, cut
 from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
 
+EACH = 8  # chunks that a program of `prepare_exact` looks at
+
 
 @dataclass(frozen=True)
 class Tiles(walks.Tiles):
@@ -136,9 +138,9 @@ def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
     )
     t = p.tiles.prepare_exact
     launch(
-        p.number, strong_kernels.prepare_exact, n * HQ,
-        p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
-        K=p.K, KB=t.K, R=p.R, LIMIT=p.limit, PREC=p.prec, **t.options,
+        p.number, strong_kernels.prepare_exact, -(-n // EACH) * HQ,
+        p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, n, p.H,
+        K=p.K, KB=t.K, R=p.R, EACH=EACH, LIMIT=p.limit, PREC=p.prec, **t.options,
     )  # fmt: skip
     return qh, kh, a, ge, G
 

@@ -68,27 +68,15 @@ def prefix_sums(g, N: tl.constexpr):
 
 
 @triton.jit
-def prepare_exact(
-    q, k, g, blocks, qh, kh, a, ge, scale,
+def exact_chunk(
+    pid, block, half, all_rows, hq, head, chunk, q, k, g, blocks, qh, kh, a, ge, scale,
     H,
     K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr,
     LIMIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """q^, k^ and A of the chunks that `prepare` gets wrong; the others cost a look at Ge.
-
-    Grid (chunks * HQ). What `prepare` writes into Ge and G is right for any gate.
-    """
-    pid = tl.program_id(0).to(tl.int64)
+    """q^, k^ and A of one chunk and query head, K tile by K tile."""
     HQ = H * R
-    hq, chunk = pid % HQ, pid // HQ
-    block, half = chunk // 2, chunk % 2
-    head = hq // R
-    all_rows = tl.load(blocks + 2 * block + 1)
-    if all_rows == 0:
-        return
     ge += (chunk * H + head) * K
-    if tl.max(-tl.load(ge + tl.arange(0, K)), 0) <= LIMIT:
-        return
     row = tl.load(blocks + 2 * block) + 64 * half
     i = tl.arange(0, 64)
     c = tl.arange(0, KB)
@@ -158,6 +146,39 @@ def prepare_exact(
         own = tl.sum(tl.where(shift == d, band, 0.0), 1)[:, None]
         A += tl.where(i[:, None] - i[None, :] == d, own, 0.0)
     store_scores(A, a + pid * 64 * 64)
+
+
+@triton.jit(do_not_specialize=["n"])
+def prepare_exact(
+    q, k, g, blocks, qh, kh, a, ge, scale, n,
+    H,
+    K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, EACH: tl.constexpr,
+    LIMIT: tl.constexpr, PREC: tl.constexpr,
+):  # fmt: skip
+    """q^, k^ and A of those of the n chunks that `prepare` gets wrong; the others cost a look at Ge.
+
+    Grid (n / EACH, HQ) in one axis: EACH chunks a program, so that all can be looked at in two
+    rounds of the chip. What `prepare` writes into Ge and G is right for any gate.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    HQ = H * R
+    hq = pid % HQ
+    head, first = hq // R, pid // HQ * EACH
+    c = first + tl.arange(0, EACH)[:, None]
+    ends = tl.load(ge + (c * H + head) * K + tl.arange(0, K)[None, :], mask=c < n, other=0.0)
+    if tl.max(tl.max(-ends, 1), 0) <= LIMIT:
+        return
+    for j in range(EACH):
+        chunk = first + j
+        if chunk < n:
+            block, half = chunk // 2, chunk % 2
+            all_rows = tl.load(blocks + 2 * block + 1)
+            end = tl.load(ge + (chunk * H + head) * K + tl.arange(0, K))
+            if (all_rows > 0) & (tl.max(-end, 0) > LIMIT):
+                exact_chunk(
+                    chunk * HQ + hq, block, half, all_rows, hq, head, chunk, q, k, g, blocks, qh,
+                    kh, a, ge, scale, H, K, KB, R, LIMIT, PREC,
+                )  # fmt: skip
 
 
 @triton.jit
