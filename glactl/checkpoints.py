@@ -113,9 +113,21 @@ def load_model(path: Path, model: nn.Module) -> None:
     model.load_state_dict(state)
 
 
+def read_weight(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
+    """The weight of this name at `path`, fp32; nothing is verified."""
+    state = {name: torch.empty(shape)}
+    _read(path / "model", state)
+    return state[name]
+
+
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Read weights and optimizer state at `path`; returns the position. Raises ValueError."""
+    """Read weights and optimizer state at `path`; returns the position. Raises ValueError.
+
+    Where weights are alone, the optimizer begins anew.
+    """
     load_model(path, model)
+    if not (path / "optim").is_dir():
+        return read_position(path)
     state = dict(get_optimizer_state_dict(model, optimizer))
     _read(path / "optim", state)
     set_optimizer_state_dict(model, optimizer, state)

@@ -72,7 +72,8 @@ def train(
         Path | None, typer.Argument(help="A run spec (YAML); by default the preset.")
     ] = None,
     preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="default or tiny, in place of a spec.")
+        str | None,
+        typer.Option(metavar="NAME", help="default, tiny or t2r_mistral_7b, in place of a spec."),
     ] = None,
     sets: Sets = None,
     resume: Annotated[
@@ -213,6 +214,7 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the most probable with sum P.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws; each prompt has its own.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -230,6 +232,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             stops=stop,
+            samples=samples,
             device=device,
             json=json,
         )
@@ -294,7 +297,7 @@ def import_(
     out: Annotated[Path, typer.Option(help="The run folder to make.")],
     json: Json = False,
 ) -> None:
-    """Make a run folder of a checkpoint of Hugging Face's Llama or Mistral, or of fla."""
+    """Make a run folder of a checkpoint of Hugging Face's Llama, Mistral or Mamba, or of fla."""
     with console.errors():
         from glactl.convert import import_command
 
@@ -306,7 +309,7 @@ def export(
     run: Run = None,
     format: Annotated[
         Literal["hf", "fla"],
-        typer.Option(help="hf, for softmax attention, or fla (flash-linear-attention)."),
+        typer.Option(help="hf, for attention and mamba, or fla (flash-linear-attention)."),
     ] = "hf",
     out: Annotated[Path, typer.Option(help="The folder to make.")] = Path("export"),
     device: Device = None,

@@ -21,10 +21,12 @@ from torch import Tensor
 from glactl import checkpoints, console
 from glactl.convert_files import Weights, config, copy_tokenizer, find, write_safetensors
 from glactl.convert_fla import FLA
-from glactl.convert_maps import Origin, Understood, describe, understand
+from glactl.convert_mamba import MAMBA
+from glactl.convert_maps import Understood, describe, understand
 from glactl.device import pick_device
 from glactl.models.lm import LM, build_lm
 from glactl.models.lm_spec import LMSpec
+from glactl.original import check_repeats, shapes_of, take
 from glactl.run import Position, Run
 from glactl.spec import RunSpec, resolved_yaml
 from glactl.tasks import Task
@@ -51,8 +53,8 @@ def import_command(source: str, *, out: Path, json: bool = False) -> None:
     """
     _new(out)
     weights = Weights(find(source))
-    found = understand(config(weights.folder), weights.shapes, _shapes)
-    _check_repeats(found, weights)
+    found = understand(config(weights.folder), weights.shapes, shapes_of)
+    check_repeats(found, weights)
     tokenizer = _tokenizer(weights.folder)
     notes = list(found.notes)
     if tokenizer is None:
@@ -75,8 +77,8 @@ def import_command(source: str, *, out: Path, json: bool = False) -> None:
         checkpoints.save_weights(
             run.path / "checkpoints",
             0,
-            _shapes(found.spec),
-            lambda name: _take(found.origins[name], weights, _shapes(found.spec)[name]),
+            shapes_of(found.spec),
+            lambda name: take(found.origins[name], weights, shapes_of(found.spec)[name]),
             asdict(at) | {"epoch": 0},
         )
         origins = {mine: o._asdict() for mine, o in found.origins.items()}
@@ -115,7 +117,7 @@ def export_command(
     where = pick_device(device)
     lm, tokenizer, spec = opened.load_model(where)
     name = _format(format, lm.spec)
-    data, names, notes = describe(name, lm.spec, _shapes(lm.spec))
+    data, names, notes = describe(name, lm.spec, shapes_of(lm.spec))
     limit = None if notes else AGREES  # a model that is changed gives other logits
     data["max_position_embeddings"] = lm.spec.max_len or spec.data.seq_len
     for token in ("bos", "eos"):
@@ -132,7 +134,7 @@ def export_command(
             notes.append("the run has no tokenizer.json: the export has no tokenizer")
         wanted = _logits(lm)
         del lm, state, tensors  # one model at a time
-        difference = _difference(wanted, _logits(_read_back(part, where)), limit)
+        difference = _difference(wanted, _logits(read_model(part, where)[0]), limit)
         differences = {"read back here": difference}
         if format == "hf" and (theirs := _transformers(part)) is not None:
             differences["transformers"] = _difference(wanted, theirs, limit)
@@ -149,33 +151,26 @@ def export_command(
     console.say(f"{name} checkpoint of {_count(opened.spec.model)}: {out}")
 
 
+def read_model(folder: Path, device: torch.device) -> tuple[LM, Understood]:
+    """The model of a checkpoint's folder, in evaluation mode, and how it was understood.
+
+    Raises:
+        ValueError, FileNotFoundError: as of `import_command`.
+    """
+    weights = Weights(folder)
+    found = understand(config(folder), weights.shapes, shapes_of)
+    check_repeats(found, weights)
+    lm = build_lm(found.spec, 0)
+    shapes = shapes_of(found.spec)
+    with torch.no_grad():
+        for name, x in lm.state_dict().items():
+            x.copy_(take(found.origins[name], weights, shapes[name]))
+    return lm.to(device).eval(), found
+
+
 def _new(out: Path) -> None:
     if out.exists():
         raise ValueError(f"--out {out} exists; name a folder that does not")
-
-
-def _shapes(spec: LMSpec) -> dict[str, tuple[int, ...]]:
-    """The shape of every weight of a model, without making one."""
-    with torch.device("meta"):
-        return {name: tuple(x.shape) for name, x in LM(spec).state_dict().items()}
-
-
-def _take(origin: Origin, weights: Weights, shape: tuple[int, ...]) -> Tensor:
-    """The weight that comes from there, fp32."""
-    if origin.theirs is None:
-        return torch.ones(shape)
-    x = weights.read(origin.theirs)
-    if origin.part is not None:
-        i, n = origin.part
-        x = x.chunk(n)[i]
-    return x.to(torch.float32).contiguous()
-
-
-def _check_repeats(found: Understood, weights: Weights) -> None:
-    """Raise ValueError where a tensor that must repeat another one does not."""
-    for name, other in found.same.items():
-        if other is not None and not torch.equal(weights.read(name), weights.read(other)):
-            raise ValueError(f"tie_word_embeddings is true, but {name} differs from {other}")
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:
@@ -214,19 +209,7 @@ def _table(found: Understood, weights: Weights) -> list[list[str]]:
 
 
 def _layers(name: str) -> str:
-    return re.sub(r"^(blocks|model\.layers)\.\d+\.", r"\1.*.", name)
-
-
-def _read_back(folder: Path, device: torch.device) -> LM:
-    """The model of an exported folder, as an import would read it."""
-    weights = Weights(folder)
-    found = understand(config(folder), weights.shapes, _shapes)
-    lm = build_lm(found.spec, 0)
-    shapes = _shapes(found.spec)
-    with torch.no_grad():
-        for name, x in lm.state_dict().items():
-            x.copy_(_take(found.origins[name], weights, shapes[name]))
-    return lm.to(device).eval()
+    return re.sub(r"^(blocks|(?:model|backbone)\.layers)\.\d+\.", r"\1.*.", name)
 
 
 def _tokens(vocab: int) -> Tensor:
@@ -269,18 +252,20 @@ def _difference(wanted: Tensor, found: Tensor, limit: float | None) -> float:
 def _format(format: Literal["hf", "fla"], spec: LMSpec) -> str:
     """The kind of checkpoint that a model is in a format. Raises ValueError."""
     mixer = spec.mixers[0]
-    if format == "hf":
-        if mixer.kind != "attention":
-            raise ValueError(f"format hf has no {mixer.kind} models; allowed: attention, or fla")
+    if format == "hf" and mixer.kind == "attention":
         return "llama" if mixer.window is None else "mistral"
-    known = {family.mixer: name for name, family in FLA.items()}
+    if format == "hf" and mixer.kind != "mamba":
+        raise ValueError(
+            f"format hf has no {mixer.kind} models; allowed: attention and mamba, or fla"
+        )
+    known = {family.mixer: name for name, family in (FLA | MAMBA).items()}
     if mixer.kind not in known:
         raise ValueError(f"format fla has no {mixer.kind} models; allowed: {', '.join(known)}")
     return known[mixer.kind]
 
 
 def _count(spec: LMSpec) -> str:
-    shapes = _shapes(spec)
+    shapes = shapes_of(spec)
     if spec.tie_embeddings:
         del shapes["head.weight"]
     total = sum(torch.Size(s).numel() for s in shapes.values())

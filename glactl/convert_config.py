@@ -82,6 +82,7 @@ class Family(NamedTuple):
 
     mixer: ours. layer: their names in a layer -> ours, in the mixer unless they begin with a dot.
     outer: the same around the layers. read: the fields of our spec. write: the fields of theirs.
+    layers: what stands before the number of a layer. ffn: our channel mixer.
     """
 
     mixer: str
@@ -89,6 +90,8 @@ class Family(NamedTuple):
     outer: dict[str, str]
     read: Callable[[Config], dict[str, Any]]
     write: Callable[[LMSpec, Any], dict[str, Any]]
+    layers: str = "model.layers."
+    ffn: str = "swiglu"
 
 
 def need(name: str, value: Any, wanted: Any, shown: str) -> None:

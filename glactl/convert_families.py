@@ -1,9 +1,10 @@
-"""The kinds of checkpoints that are known: Hugging Face's Llama and Mistral, and those of fla."""
+"""The kinds of checkpoints that are known: Hugging Face's Llama and Mistral, fla's, and Mamba."""
 
 from typing import Any
 
 from glactl.convert_config import Config, Family, need
 from glactl.convert_fla import FFN, FLA
+from glactl.convert_mamba import MAMBA
 from glactl.models.lm_spec import LMSpec
 
 
@@ -68,9 +69,10 @@ FAMILIES: dict[str, Family] = {
     "llama": Family("attention", _HF, _HF_OUTER, _read_llama, _write_llama),
     "mistral": Family("attention", _HF, _HF_OUTER, _read_llama, _write_llama),
     **FLA,
+    **MAMBA,
 }
 
-# Tensors of the first layer that tell the kinds apart, in this order.
+# Tensors that tell the kinds apart, in this order: a hybrid has those of attention, too.
 MARKS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"self_attn.q_proj.weight", "input_layernorm.weight"}, ("llama", "mistral")),
     ({"attn.gk_proj.0.weight"}, ("gla",)),
@@ -79,6 +81,7 @@ MARKS: tuple[tuple[set[str], tuple[str, ...]], ...] = (
     ({"attn.s_proj.weight"}, ("abc",)),
     ({"attn.g_proj.weight"}, ("retnet",)),
     ({"attn.q_proj.weight", "attn.o_proj.weight"}, ("transformer",)),
+    ({"mixer.x_proj.weight", "mixer.A_log"}, ("mamba",)),
 )
 
 # Other names that a tensor has had, or has with another setting of the same mathematics.
@@ -86,6 +89,7 @@ OLDER = {
     "attn_norm.weight": ("attn.norm.weight",),
     "mlp_norm.weight": ("mlp.norm.weight",),
     "attn.g_norm_swish_gate.weight": ("attn.g_norm.weight",),
+    "backbone.embeddings.weight": ("backbone.embedding.weight",),
 }
 
 # Weights that are absent, and 1, where the config has elementwise_affine false.
@@ -100,4 +104,5 @@ ARCHITECTURES = {
     "retnet": "RetNetForCausalLM",
     "hgrn2": "HGRN2ForCausalLM",
     "abc": "ABCForCausalLM",
+    "mamba": "MambaForCausalLM",
 }

@@ -18,7 +18,7 @@ def _read_fla(c: Config, ratio: int = 4) -> dict[str, Any]:
     d = c.whole("hidden_size")
     c.only("hidden_act", "swish", "silu")
     c.only("use_short_conv", False, None)
-    c.only("attn", None)
+    c.only("attnres_block_size", None)
     c.read |= {"elementwise_affine"}  # tells only whether norms have weights, as the tensors do
     hidden = c.get("intermediate_size", default=None)
     if hidden is None:
@@ -35,6 +35,44 @@ def _read_fla(c: Config, ratio: int = 4) -> dict[str, Any]:
         "max_len": c.get("max_position_embeddings", default=2048),
         "positions": "none",
     }
+
+
+def hybrid(c: Config, fields: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with softmax attention in the layers that the field `attn` of fla's config lists.
+
+    It is one object or a list of them: layers, num_heads and, if wanted, num_kv_heads, window_size
+    and rope_theta.
+
+    Raises:
+        ValueError: it says what our model cannot do, or lists a layer that is not there or twice.
+    """
+    given, own = c.data.get("attn"), fields["mixer"]
+    c.read |= {"attn"}
+    if given is None:
+        return fields
+    if own["kind"] in ("attention", "hgrn2"):  # fla counts the bounds of hgrn2 by all layers
+        c.only("attn", None)
+    if fields["positions"] == "none" and own["kind"] == "abc":
+        raise ValueError("config.json: use_rope is False; allowed with attn: True")
+    layers = [own] * c.whole("num_hidden_layers")
+    last = len(layers) - 1
+    for part in given if isinstance(given, list) else [given]:
+        if not isinstance(part, dict) or not isinstance(part.get("layers"), list):
+            raise ValueError(f"config.json: attn is {given}; allowed: objects with layers")
+        a = Config(part, {"layers"})
+        a.only("qkv_bias", False, None)
+        mixer = {"kind": "attention", **_heads(a), "window": a.get("window_size", default=None)}
+        mixer["rope_theta"] = a.get("rope_theta", default=10_000.0)
+        for i in part["layers"]:
+            if i not in range(last + 1) or isinstance(i, bool) or layers[i] is not own:
+                raise ValueError(
+                    f"config.json: attn has layer {i!r}; allowed: once each of 0 to {last}"
+                )
+            layers[i] = mixer
+        if unread := sorted(set(part) - a.read):
+            a.notes.append(f"config.json: not read in attn: {', '.join(unread)}")
+        c.notes += a.notes
+    return fields | {"mixer": layers, "positions": "rope"}
 
 
 def _write_fla(spec: LMSpec, **fields: Any) -> dict[str, Any]:
@@ -164,6 +202,9 @@ def _read_retnet(c: Config) -> dict[str, Any]:
 def _write_retnet(spec: LMSpec, m: Any) -> dict[str, Any]:
     need("positions", spec.positions, "rope", "rope")
     need("mixer.rope_theta", m.rope_theta, 10_000.0, "10000")
+    need("mixer.kv_heads", m.groups, m.heads, "null")  # there the heads of a group differ in decay
+    need("mixer.feature_map", m.feature_map, "none", "none")
+    need("mixer.output_gate", m.output_gate, True, "true")
     return _write_fla(
         spec,
         num_heads=m.heads,

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from glactl.convert_config import Config, Family, need
 from glactl.convert_families import ARCHITECTURES, FAMILIES, MARKS, OLDER, OPTIONAL
-from glactl.convert_fla import FUSED_EPS
+from glactl.convert_fla import FLA, FUSED_EPS, hybrid
 from glactl.models.lm_spec import LMSpec
 
 Shape = tuple[int, ...]
@@ -67,8 +67,8 @@ def understand(data: dict[str, Any], found: Shapes, ours: Callable[[LMSpec], Sha
     """
     name = _family(data, found)
     family, config = FAMILIES[name], Config(data)
-    fields = family.read(config)
-    tied = config.data.get("tie_word_embeddings")
+    fields = hybrid(config, family.read(config))
+    tied = fields.get("tie_embeddings", data.get("tie_word_embeddings"))
     if tied is None:
         tied = "lm_head.weight" not in found
         config.notes.append(f"config.json has no tie_word_embeddings: taken as {tied}")
@@ -114,7 +114,7 @@ def describe(
     """
     family, mixer = FAMILIES[name], spec.mixers[0]
     need("mixer", [m.kind for m in spec.mixers if m != mixer], [], "the same one in all layers")
-    need("ffn", spec.ffn, "swiglu", "swiglu")
+    need("ffn", spec.ffn, family.ffn, family.ffn)
     need("norm", spec.norm, "rmsnorm", "rmsnorm")
     need("short_conv", spec.short_conv, None, "null")
     need("embedding_scale", spec.embedding_scale, 1.0, "1")
@@ -139,7 +139,7 @@ def describe(
             continue
         if mine.startswith("blocks."):
             _, layer, rest = mine.split(".", 2)
-            names[f"model.layers.{layer}.{inner[rest]}"] = mine
+            names[f"{family.layers}{layer}.{inner[rest]}"] = mine
         else:
             names[outer[mine]] = mine
     return config, names, notes
@@ -151,9 +151,10 @@ def _inner(mine: str) -> str:
 
 def _family(data: dict[str, Any], found: Shapes) -> str:
     """The kind that config and tensors agree on."""
-    first = {n.removeprefix("model.layers.0.") for n in found if n.startswith("model.layers.0.")}
+    places = tuple({family.layers for family in FAMILIES.values()})
+    inner = {n.split(".", 3)[3] for n in found if n.startswith(places) and n.count(".") > 3}
     known = ", ".join(FAMILIES)
-    by_keys = next((kinds for marks, kinds in MARKS if marks <= first), ())
+    by_keys = next((kinds for marks, kinds in MARKS if marks <= inner), ())
     if not by_keys:
         raise ValueError(f"the tensors are of no known kind; known: {known}")
     name = data.get("model_type")
@@ -177,15 +178,19 @@ def _match(
     bare: whether norms of mixers have no weights there.
     """
     outer = {mine: theirs for theirs, mine in family.outer.items()}
-    inner = {_inner(mine): theirs for theirs, mine in family.layer.items()}
+    inner = {
+        kind: {_inner(mine): theirs for theirs, mine in layer.items()}
+        for kind, layer in (("attention", FLA["transformer"].layer), (family.mixer, family.layer))
+    }
+    kinds = [mixer.kind for mixer in spec.mixers]
     origins: dict[str, Origin] = {}
     problems, used = [], set()
     for mine, shape in ours.items():
-        prefix, rest = "", mine
+        prefix, rest, theirs = "", mine, outer.get(mine)
         if mine.startswith("blocks."):
             _, layer, rest = mine.split(".", 2)
-            prefix = f"model.layers.{layer}."
-        theirs = outer.get(mine) if not prefix else inner.get(rest)
+            prefix = f"{family.layers}{layer}."
+            theirs = inner[kinds[int(layer)]].get(rest)
         if theirs is None:
             problems.append(f"{mine} has no name there")
             continue
@@ -210,8 +215,8 @@ def _match(
         origins[mine] = Origin(there, part)
     same: dict[str, str | None] = {}
     for extra in sorted(set(found) - used):
-        if extra == "lm_head.weight" and spec.tie_embeddings:
-            same[extra] = outer["embed.weight"]
+        if extra == "lm_head.weight" and spec.tie_embeddings and "embed.weight" in origins:
+            same[extra] = origins["embed.weight"].theirs
         elif extra.endswith("rotary_emb.inv_freq"):  # of old files; it follows from the config
             same[extra] = None
         else:

@@ -21,6 +21,8 @@ from glactl.run import Run
 from glactl.tasks.stream import TextStream, prompt_ids
 from glactl.tasks.tokenizer import Tokenizer
 
+BATCH = 256  # rows that `glactl generate` makes at once, to bound the memory of their states
+
 
 @dataclass(frozen=True)
 class Generated:
@@ -60,7 +62,7 @@ def generate(
         lm: the model, in evaluation mode.
         tokenizer: the one it was trained with.
         prompts: texts; "" begins a new one.
-        max_tokens: the most tokens to make for each, 0 or more; a row ends before at EOS.
+        max_tokens: the most tokens to make for each, 0 or more; a row ends before at EOS or BOS.
         sampling: how tokens are drawn; None: the most probable one.
         stops: a text ends before the first of these.
         rows: the number of each prompt, for its random numbers; None: 0, 1, 2, ...
@@ -90,7 +92,7 @@ def generate(
     def stop(row: int, token: int) -> bool:
         nonlocal made
         made += 1
-        if token == tokenizer.eos_id:
+        if token in (tokenizer.bos_id, tokenizer.eos_id):  # BOS begins another text
             return True
         emit(row, streams[row].push(token))
         return streams[row].stopped
@@ -127,10 +129,13 @@ def generate_command(
     top_p: float = 1.0,
     seed: int = 0,
     stops: list[str] | None = None,
+    samples: int = 1,
     device: str | None = None,
     json: bool = False,
 ) -> None:
     """Run `glactl generate`; the arguments are the command's options.
+
+    Row i of all samples has the random numbers of (seed, i), however they are cut into batches.
 
     Raises:
         ValueError: an option out of range, a file of prompts that cannot be read, or a run that is
@@ -138,7 +143,10 @@ def generate_command(
         FileNotFoundError: no run, or no such file.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
+    if samples < 1:
+        raise ValueError(f"samples is {samples}; allowed: 1 or more")
     texts = [*prompts, *(read_prompts(file) if file is not None else [])] or [""]
+    texts = [text for text in texts for _ in range(samples)]
     opened = Run.newest() if run is None else Run.open(run)
     if run is None:
         console.note(f"run {opened.path} (the newest)")
@@ -149,27 +157,35 @@ def generate_command(
     stream = len(texts) == 1 and not json
     if stream:
         console.write(texts[0])
-    made = generate(
-        lm,
-        tokenizer,
-        texts,
-        max_tokens,
-        sampling,
-        stops or [],
-        show=(lambda _, text: console.write(text)) if stream else None,
-    )
-    if stream:
-        console.write("\n")
-    elif json:
-        for prompt, text in zip(texts, made.texts, strict=True):
-            console.result({"prompt": prompt, "text": text})
-    else:
-        for i, (prompt, text) in enumerate(zip(texts, made.texts, strict=True)):
-            console.say(("" if i == 0 else "\n") + f"--- {i + 1}\n{prompt}{text}")
+    parts = []
+    for first in range(0, len(texts), BATCH):
+        rows = range(first, min(first + BATCH, len(texts)))
+        batch = [texts[row] for row in rows]
+        made = generate(
+            lm,
+            tokenizer,
+            batch,
+            max_tokens,
+            sampling,
+            stops or [],
+            rows,
+            show=(lambda _, text: console.write(text)) if stream else None,
+        )
+        parts.append(made)
+        if stream:
+            console.write("\n")
+            continue
+        for row, text in zip(rows, made.texts, strict=True):
+            if json:
+                console.result({"prompt": texts[row], "text": text})
+            else:
+                console.say(("" if row == 0 else "\n") + f"--- {row + 1}\n{texts[row]}{text}")
+    tokens, seconds = sum(p.tokens for p in parts), sum(p.seconds for p in parts)
     console.note(
-        f"prefill {made.prompt_tokens} tokens in {1e3 * made.prefill_seconds:.1f} ms; "
-        f"{made.tokens} tokens at {made.tokens_per_s:,.0f} tokens/s; "
-        f"state {made.state_bytes / 2**20:.2f} MiB in {len(texts)} row(s)"
+        f"prefill {sum(p.prompt_tokens for p in parts)} tokens in "
+        f"{1e3 * sum(p.prefill_seconds for p in parts):.1f} ms; "
+        f"{tokens} tokens at {tokens / seconds if seconds > 0 else 0:,.0f} tokens/s; "
+        f"state {max(p.state_bytes for p in parts) / 2**20:.2f} MiB in {len(texts)} row(s)"
     )
 
 

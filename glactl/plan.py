@@ -1,8 +1,12 @@
-"""What a run would cost, before it starts: all of it from the one cost model."""
+"""What a run would cost, before it starts: from the cost model and from a small forward pass."""
 
+from itertools import repeat
 from typing import Any
 
 from glactl.models.cost import lm_cost
+from glactl.models.lm_spec import LMSpec
+from glactl.models.mixers import MixerSpec
+from glactl.plan_memory import activation_bytes
 from glactl.spec import RunSpec
 from glactl.tasks.tokenizer import load_tokenizer
 from glactl.train import with_vocab
@@ -10,27 +14,37 @@ from glactl.train import with_vocab
 FP32 = 4  # bytes; weights, gradients and both moments of AdamW
 
 
-def plan_numbers(spec: RunSpec) -> dict[str, Any]:
+def plan_numbers(spec: RunSpec, rate: float | None = None) -> dict[str, Any]:
     """Sizes and work of a run.
 
     Args:
-        spec: the run. Its tokenizer is read for its vocabulary; its data is not touched.
+        spec: the run. Its tokenizer is read for its vocabulary where the spec does not say it; its
+            data is not touched, and neither is the checkpoint it starts from.
+        rate: FLOP/s that the device reaches in products; None: not known.
 
     Returns:
-        Counts and, where the name says so, bytes. Activations are an estimate: what the forward
-        moves is taken to be kept for the backward, over one micro-batch.
+        Counts and, where the name says so, bytes. Weights, gradients and moments are exact;
+        activations are those of one micro-batch, see `activation_bytes`; "original" is the
+        attention that layers are matched with. hours, None without a rate, are the least: all
+        steps at that rate, as if there were nothing but products.
     """
-    train, T = spec.train, spec.data.seq_len
-    vocab = (
-        load_tokenizer(spec.data.tokenizer).vocab_size
-        if spec.data.kind == "text"
-        else spec.data.vocab_size
-    )
-    spec = with_vocab(spec, vocab)
+    train, T, init = spec.train, spec.data.seq_len, spec.init
+    if spec.data.kind != "text":
+        spec = with_vocab(spec, spec.data.vocab_size)
+    elif spec.model.vocab_size is None or init is None:
+        spec = with_vocab(spec, load_tokenizer(spec.data.tokenizer).vocab_size)
     cost = lm_cost(spec.model, T)
     tokens = train.batch_size * T
     weights = FP32 * cost.params
-    activations = round(cost.bytes_token * tokens / train.accumulate)
+    memory = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 2 * weights,
+        "activations": activation_bytes(spec.model, tokens // train.accumulate),
+    }
+    if init is not None and init.match is not None:
+        memory["original"] = FP32 * sum(map(_attention, spec.model.mixers, repeat(spec.model)))
+    flops = cost.flops_token_train * spec.steps * tokens
     return {
         "name": spec.name,
         "params": cost.params,
@@ -39,19 +53,23 @@ def plan_numbers(spec: RunSpec) -> dict[str, Any]:
         "flops_token": cost.flops_token,
         "flops_token_train": cost.flops_token_train,
         "bytes_token": cost.bytes_token,
-        "memory_bytes": {
-            "weights": weights,
-            "gradients": weights,
-            "optimizer": 2 * weights,
-            "activations": activations,
-            "sum": 4 * weights + activations,
-        },
-        "steps": train.steps,
+        "memory_bytes": memory | {"sum": sum(memory.values())},
+        "steps": spec.steps,
         "tokens_step": tokens,
-        "tokens": train.steps * tokens,
-        "flops": cost.flops_token_train * train.steps * tokens,
+        "tokens": spec.steps * tokens,
+        "flops": flops,
+        "rate": rate,
+        "hours": None if rate is None else flops / rate / 3600,
         "checkpoint_bytes": 3 * weights,
     }
+
+
+def _attention(mixer: MixerSpec, model: LMSpec) -> int:
+    """Weights of the attention that was where a new mixer is; 0 where it stays."""
+    if mixer.kind == "attention":
+        return 0
+    heads, groups = getattr(mixer, "heads", 1), getattr(mixer, "groups", 1)
+    return 2 * model.d_model * (model.d_model + groups * model.d_model // heads)
 
 
 def plan_lines(spec: RunSpec, numbers: dict[str, Any]) -> list[str]:
@@ -73,7 +91,8 @@ def plan_lines(spec: RunSpec, numbers: dict[str, Any]) -> list[str]:
             f"{n['tokens_step']:,} = {train.batch_size} rows x {spec.data.seq_len}"
             + (f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""),
         ),
-        ("steps", f"{train.steps:,}   ({short(n['tokens'])} tokens, {short(n['flops'])} FLOPs)"),
+        ("steps", f"{n['steps']:,}   ({short(n['tokens'])} tokens, {short(n['flops'])} FLOPs)"),
+        *_time(n),
         ("disk", f"{binary(n['checkpoint_bytes'])} x {train.keep_last} checkpoints"),
     ]
     layers = f"{model.n_layers} layers of {', '.join(m.kind for m in mixers)}"
@@ -81,10 +100,17 @@ def plan_lines(spec: RunSpec, numbers: dict[str, Any]) -> list[str]:
     return [head, *(f"  {name:<15} {text}" for name, text in rows)]
 
 
+def _time(n: dict[str, Any]) -> list[tuple[str, str]]:
+    if n["rate"] is None:
+        return []
+    shown = f"{n['hours']:,.1f} hours" if n["hours"] >= 1 else f"{60 * n['hours']:.2g} minutes"
+    return [("time", f"at least {shown}, at {short(n['rate'])}FLOP/s in fp32 as measured here")]
+
+
 def short(number: float) -> str:
     """1,234,567 as "1.23 M"."""
-    for unit in ("", " k", " M", " G", " T", " P"):  # noqa: B007
-        if number < 999.5:
+    for unit in ("", " k", " M", " G", " T", " P", " E"):
+        if number < 999.5 or unit == " E":
             break
         number /= 1000
     return f"{number:.3g}{unit}" if number < 999.5 else f"{number:,.0f}{unit}"
@@ -92,8 +118,8 @@ def short(number: float) -> str:
 
 def binary(number: float) -> str:
     """1,572,864 bytes as "1.5 MiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):  # noqa: B007
-        if number < 1000:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if number < 1000 or unit == "TiB":
             break
         number /= 1024
     return f"{number:.3g} {unit}"

@@ -7,6 +7,7 @@
       tokenizer/                  where the task has one
       metrics.jsonl               a line a step
       events.jsonl                start, resume, save, skip, stop, end
+      init.json                   where its weights come from, of a run that begins with others'
       checkpoints/step-000123/    see checkpoints.py
 
 The folder appears whole, and no run is ever written into another's.
@@ -14,21 +15,16 @@ The folder appears whole, and no run is ever written into another's.
 
 import hashlib
 import json
-import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from glactl import __version__
 from glactl.console import finite
+from glactl.manifest import manifest_of, now
 from glactl.spec import RunSpec, load, resolved_yaml, spec_hash
 
 if TYPE_CHECKING:  # a run is listed and opened without torch's distributed parts
@@ -38,14 +34,6 @@ if TYPE_CHECKING:  # a run is listed and opened without torch's distributed part
     from glactl.tasks import Task
     from glactl.tasks.tokenizer import Tokenizer
 
-PACKAGES = ("torch", "triton", "numpy", "pydantic", "tokenizers", "datasets")
-ENVIRONMENT = (
-    "OMP_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "CUDA_VISIBLE_DEVICES",
-    "GLACTL_DEVICE",
-    "GLACTL_TILES",
-)
 FREE = ("name", "train.log_every", "train.save_every", "train.keep_last")  # a resume may change
 
 
@@ -98,7 +86,7 @@ class Run:
         try:
             (part / "spec.yaml").write_text(text)
             (part / "spec.resolved.yaml").write_text(resolved_yaml(spec))
-            _write_json(part / "manifest.json", _manifest(spec))
+            _write_json(part / "manifest.json", manifest_of(spec))
             (part / "checkpoints").mkdir()
             stem = f"{spec.name}-{spec_hash(spec)[:6]}"
             for n in range(1, 10_000):
@@ -186,6 +174,47 @@ class Run:
         self.event("save", step=at.step, seconds=round(time.monotonic() - began, 3))
         return path
 
+    def save_weights(self, model: "LM", at: Position) -> Path:
+        """Commit the weights at `at` alone: an optimizer begins anew behind them."""
+        from glactl import checkpoints
+
+        state = model.state_dict()
+        shapes = {name: tuple(x.shape) for name, x in state.items()}
+        path = checkpoints.save_weights(
+            self.path / "checkpoints",
+            at.step,
+            shapes,
+            lambda name: state[name].detach().cpu(),
+            asdict(at) | {"epoch": at.epoch},
+        )
+        self.event("save", step=at.step)
+        return path
+
+    def record_start(self, start: dict[str, Any]) -> None:
+        """Note where the weights come from: whole in init.json, in short in the manifest."""
+        _write_json(self.path / "init.json", start)
+        short = {name: start[name] for name in ("source", "family", "fingerprint")}
+        manifest = self.manifest | {"init": short}
+        _replace(self.path / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def start(self) -> dict[str, Any] | None:
+        """What record_start noted; None of a run with weights of its own."""
+        path = self.path / "init.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def copied(self) -> frozenset[str]:
+        """The weights that came from another checkpoint."""
+        rows = (self.start() or {"rows": []})["rows"]
+        return frozenset(row["tensor"] for row in rows if row["action"] == "copied")
+
+    def newest_position(self) -> Position:
+        """Where the newest checkpoint was taken. Raises NoRun."""
+        from glactl import checkpoints
+
+        position = checkpoints.read_position(self.newest_checkpoint())
+        position.pop("epoch")
+        return Position(**position)
+
     def load_checkpoint(
         self, model: "LM", optimizer: "torch.optim.Optimizer", at: Position
     ) -> Position:
@@ -248,7 +277,7 @@ class Run:
 
     def event(self, name: str, **details: Any) -> None:
         """Add a line to events.jsonl."""
-        _append(self.path / "events.jsonl", {"event": name, "time": _now(), **details})
+        _append(self.path / "events.jsonl", {"event": name, "time": now(), **details})
 
 
 def new_folder(stem: Path) -> Path:
@@ -262,47 +291,6 @@ def new_folder(stem: Path) -> Path:
         except FileExistsError:
             n += 1
             folder = stem.with_name(f"{stem.name}-{n}")
-
-
-def _manifest(spec: RunSpec) -> dict[str, Any]:
-    return {
-        "glactl": __version__,
-        "created": _now(),
-        "argv": sys.argv,
-        "spec_hash": spec_hash(spec),
-        "seed": spec.seed,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
-        "git": _git(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _git() -> dict[str, Any] | None:
-    """The commit of this source tree and whether it was changed; None outside of a work tree."""
-    here = Path(__file__).resolve().parent
-
-    def git(*args: str) -> str:
-        command = ["git", "-C", str(here), *args]
-        return subprocess.run(
-            command, check=True, capture_output=True, text=True, timeout=10
-        ).stdout
-
-    try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # not some repository around us
-        commit = git("rev-parse", "HEAD").strip()
-        return {"commit": commit, "changed": bool(git("status", "--porcelain").strip())}
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def _tokenizer_hash(task: "Task") -> str | None:
@@ -332,10 +320,6 @@ def _differences(
 ) -> list[str]:
     names = [n for n in {**then, **now} if n not in free and then.get(n) != now.get(n)]
     return [f"{n} {then.get(n)} -> {now.get(n)}" for n in names]
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
 
 
 def _append(path: Path, record: dict[str, Any]) -> None:

@@ -1,15 +1,23 @@
 """`glactl train` around the loop: the plan, the run folder, progress, and the report at the end."""
 
+import re
 import shlex
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from glactl import console
 from glactl.device import pick_device
+from glactl.init import agree, fill
+from glactl.measure import rates
+from glactl.original import find_original
 from glactl.plan import plan_lines, plan_numbers
 from glactl.run import Run
 from glactl.spec import RunSpec, SpecError, load, read
 from glactl.tasks import Task, load_task
+from glactl.tasks.tokenizer import Tokenizer, load_tokenizer
 from glactl.train import Step, train
 
 
@@ -36,9 +44,11 @@ def train_command(
         run = Run.newest(out) if path is None else Run.open(path)
         spec = load(run.path / "spec.resolved.yaml", sets=sets)
     else:
-        text, spec = read(path, preset, sets)
+        text, spec = read(path, preset, sets, fill=partial(fill, plan=plan))
+        if spec.init is not None and (found := find_original(spec.init.source, download=not plan)):
+            agree(spec, found)
     if plan:
-        numbers = plan_numbers(spec)
+        numbers = plan_numbers(spec, rates(pick_device(device), torch.float32).matmul)
         if json:
             console.result(numbers)
         else:
@@ -46,7 +56,7 @@ def train_command(
                 console.say(line)
         return
     where = pick_device(device)
-    task = load_task(spec.data, spec.seed)
+    task = load_task(spec.data, spec.seed, None if run is None else _kept_tokenizer(run))
     if run is None:
         run = Run.create(spec, text, out)
     console.note(f"run {run.path} on {where}; data {task.fingerprint[:12]}; Ctrl-C saves and stops")
@@ -54,14 +64,59 @@ def train_command(
         console.result({"event": "run", "path": str(run.path), "fingerprint": task.fingerprint})
     last = None
     done = int(run.newest_checkpoint().name[5:]) if resume else 0
-    with console.progress(spec.train.steps, "step", done, quiet) as advance:
+    with console.progress(spec.steps, "step", done, quiet) as advance:
         for step in train(spec, device=where, run=run, resume=resume, task=task, signals=True):
             last = step
+            if step.step == 0:
+                _show_start(run, step, json)
+                continue
             advance(**_numbers(step))
             if step.valid:
                 _show_validation(step, json, quiet)
     if last is not None:
         _report(spec, task, run, last, json)
+
+
+def _kept_tokenizer(run: Run) -> Tokenizer | None:
+    """The run's own copy, where its spec names that of a checkpoint that is not there any more."""
+    data, kept = run.spec.data, run.path / "tokenizer"
+    if run.spec.init is None or data.kind != "text" or not kept.is_dir():
+        return None
+    gone = Path(data.tokenizer).is_absolute() and not Path(data.tokenizer).exists()
+    return load_tokenizer(str(kept)) if gone else None
+
+
+def _show_start(run: Run, step: Step, json: bool) -> None:
+    """The table of weights, those of equal layers in one row, and the loss they begin with."""
+    start = run.start()
+    assert start is not None
+    assert step.valid is not None
+    if json:
+        console.result({"event": "init", **start})
+        return
+    for note in start["notes"]:
+        console.note(note)
+    rows: dict[tuple[str, ...], list[int]] = {}
+    for row in start["rows"]:
+        layer = re.match(r"blocks\.(\d+)\.", row["tensor"])
+        names = (re.sub(r"\b\d+\b", "*", row[n], count=1) for n in ("tensor", "origin"))
+        shape = " x ".join(map(str, row["shape"]))
+        rows.setdefault((*names, shape, row["action"]), []).append(int(layer[1]) if layer else -1)
+    table = [[_layers(layers), *texts] for texts, layers in rows.items()]
+    console.table(["layers", "tensor", "from", "shape", "action"], table)
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in step.valid.items())
+    console.say(f"before any training: {shown}")
+
+
+def _layers(found: list[int]) -> str:
+    """[0, 1, 2, 4] as "0-2, 4"; "" of what is in no layer."""
+    parts: list[list[int]] = []
+    for layer in found:
+        if parts and layer == parts[-1][-1] + 1:
+            parts[-1].append(layer)
+        elif layer >= 0:
+            parts.append([layer])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
 def _numbers(step: Step) -> dict[str, float]:

@@ -6,12 +6,13 @@ is read from YAML (or a preset), changed by --set, and checked whole before anyt
 
 import hashlib
 import json
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, create_model, model_validator
 
 from glactl.models.lm import LMSpec
 from glactl.models.spec import Spec
@@ -69,6 +70,50 @@ class TrainSpec(Spec):
         return self
 
 
+class MatchSpec(Spec):
+    """The first stage of a transfer: new mixers learn to give what attention gave.
+
+    AdamW as in `optim`, but with this lr, warm-up and number of steps; the rate falls by optim's
+    schedule. moves: all parameters of the new mixers, or only those that were not copied.
+    """
+
+    steps: int = Field(ge=1)
+    lr: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(20, ge=0)
+    moves: Literal["mixer", "new"] = "mixer"
+
+
+class InitSpec(Spec):
+    """Start from the weights of a checkpoint.
+
+    from: a folder or file of another project, a name on the hub, or a run folder. map: same takes
+    a model of the very same shape; t2r puts other mixers in the place of softmax attention, with
+    its projections copied. calibrate: fresh parameters of the new mixers are fitted to the first
+    batch of training rows; false: as in any new model.
+    """
+
+    map: Literal["same", "t2r"] = "same"
+    calibrate: bool = True
+    match: MatchSpec | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.match is not None and self.map == "same":
+            raise ValueError("match is set, but map same has no new mixers; allowed with map t2r")
+        return self
+
+    @property
+    def source(self) -> str:
+        """The field `from`."""
+        return str(getattr(self, "from"))
+
+
+if not TYPE_CHECKING:  # `from` is a word of Python and cannot be written as a field
+    InitSpec = create_model(
+        "InitSpec", __base__=InitSpec, __doc__=InitSpec.__doc__, **{"from": (str, ...)}
+    )
+
+
 class RunSpec(Spec):
     """All that a run is made from; a run is a function of it and of nothing else."""
 
@@ -78,6 +123,13 @@ class RunSpec(Spec):
     data: TaskSpec = TextSpec()
     optim: OptimSpec = OptimSpec()
     train: TrainSpec = TrainSpec()
+    init: InitSpec | None = None
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run: those that match layers, then those of `train`."""
+        match = None if self.init is None else self.init.match
+        return self.train.steps + (0 if match is None else match.steps)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -105,7 +157,10 @@ def load(
 
 
 def read(
-    path: Path | str | None = None, preset: str | None = None, sets: list[str] | None = None
+    path: Path | str | None = None,
+    preset: str | None = None,
+    sets: list[str] | None = None,
+    fill: Callable[[Source], None] | None = None,
 ) -> tuple[str, RunSpec]:
     """The text and the checked spec of a file or a preset.
 
@@ -113,6 +168,7 @@ def read(
         path: a YAML file. None: the preset.
         preset: the name of a preset, instead of a path; None without a path is "default".
         sets: changes "a.b=value", applied in order.
+        fill: adds to what was written before it is checked.
 
     Returns:
         The YAML as it was written, byte for byte and without the changes, and the spec.
@@ -126,6 +182,8 @@ def read(
     text, source = _preset(preset or "default") if path is None else read_file(Path(path))
     for setting in sets or []:
         apply_set(source, setting, RunSpec().model_dump(mode="json"))
+    if fill is not None:
+        fill(source)
     return text, check(source)
 
 

@@ -8,6 +8,9 @@ over the whole batch, however many micro-batches it is cut into; clips the gradi
 g <- g min(1, c / |g|); and applies AdamW at the rate of `learning_rate`. Dropout draws from a
 generator seeded by (seed, step, micro-batch), so that no random state outlives a step and a
 resumed run computes the same numbers, bit for bit, as one that was never stopped.
+
+A run whose spec has `init` begins with the weights of a checkpoint, and with matched layers where
+that is asked for, whose loss then stands in the place of (1): see transfer.py, stages.py, match.py.
 """
 
 import math
@@ -21,12 +24,12 @@ from types import FrameType
 
 import torch
 
-from glactl.models.layers import to_device
 from glactl.models.lm import LM, build_lm, token_losses
-from glactl.optim import clip, learning_rate, make_optimizer
+from glactl.optim import clip, learning_rate
 from glactl.run import Position, Run
 from glactl.spec import RunSpec, need_vocab
-from glactl.tasks import Batch, Task, load_task
+from glactl.stages import Source, Stage, read
+from glactl.tasks import Task, load_task
 
 MAX_SKIPPED = 3  # steps in a row whose gradient is not finite before the run is given up
 
@@ -37,7 +40,8 @@ class Step:
 
     step counts from 1 to steps; tokens are those read since the start of the run; loss
     (nats a target) and grad_norm (before clipping) are of this step, before its update; seconds
-    are since this process began to train.
+    are since this process began to train. In stage "match" loss is the distance of layers. Step 0
+    is the start of a run with `init`, its loss that of validation.
     """
 
     step: int
@@ -51,6 +55,7 @@ class Step:
     skipped: bool = False
     valid: dict[str, float] | None = None  # loss, ppl, accuracy and, for text, bpb
     checkpoint: str | None = None  # where the state after this step was saved
+    stage: str = "train"
 
 
 class Stopped(Exception):
@@ -86,11 +91,13 @@ def train(
         signals: SIGINT and SIGTERM end the run after the micro-batch at hand, saved.
 
     Yields:
-        Step, once a step; with `valid` every valid_every steps and at the end.
+        Step, once a step; with `valid` every valid_every steps and at the end. Where the spec has
+        `init`, first step 0, with the held-out loss before any training.
 
     Raises:
-        ValueError: the model cannot take the data; with `resume`, the spec, the data or the
-            tokenizer is not what the checkpoint was made with, or the run is finished.
+        ValueError: the model cannot take the data, or the weights of `init`; with `resume`, the
+            spec, the data or the tokenizer is not what the checkpoint was made with, or the run is
+            finished.
         Stopped: a signal came.
         FloatingPointError: MAX_SKIPPED steps in a row had a loss or gradient that is not finite.
     """
@@ -98,23 +105,30 @@ def train(
     task = load_task(spec.data, spec.seed) if task is None else task
     spec = with_vocab(spec, task.vocab_size)
     model = build_lm(spec.model, spec.seed, device=device)
-    optimizer = make_optimizer(model, spec.optim)
+    source = Source(spec)
     at = Position(seed=spec.seed, n_train=task.n_train, fingerprint=task.fingerprint)
     if run is not None:
         run.begin(spec, task, resume=resume)
-        if resume:
-            at = run.load_checkpoint(model, optimizer, at)
-            if at.done:
-                raise ValueError(f"{run.path} is finished (step {at.step}); nothing to resume")
+    if run is not None and resume:
+        source.copied, source.then = run.copied(), run.manifest.get("init")
+        stage = source.stage(run.newest_position().step, model)
+        at = run.load_checkpoint(model, stage.optimizer, at)
+        if at.done:
+            raise ValueError(f"{run.path} is finished (step {at.step}); nothing to resume")
+    else:
+        if spec.init is not None:
+            yield _begin(spec, source, model, task, run, at, device)
+        stage = source.stage(0, model)
     stop = _StopFlag()
     with stop.listening() if signals else stop.deaf():
-        yield from _steps(spec, model, optimizer, task, run, at, stop, device)
+        yield from _steps(spec, model, source, stage, task, run, at, stop, device)
 
 
 def _steps(
     spec: RunSpec,
     model: LM,
-    optimizer: torch.optim.Optimizer,
+    source: Source,
+    stage: Stage,
     task: Task,
     run: Run | None,
     at: Position,
@@ -124,18 +138,19 @@ def _steps(
     plan, start, before, skips = spec.train, time.monotonic(), at.tokens, 0
     while not at.done:
         if stop.wanted:
-            path = _save(run, spec, model, optimizer, at)
+            path = _save(run, spec, model, stage.optimizer, at)
             if run is not None:
                 run.event("stop", step=at.step)
             raise Stopped(at.step, path)
-        rate = learning_rate(spec.optim, at.step, plan.steps)
+        name, optimizer = stage.name, stage.optimizer
+        rate = learning_rate(stage.optim, at.step - stage.first, stage.last - stage.first)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        done = _gradient(spec, model, task, at.step, stop, device)
+        done = _gradient(spec, model, stage, task, at.step, stop, device)
         if done is None:
             continue  # stopped between micro-batches: what is saved is the state before this step
         loss, tokens = done
-        norm = clip(model, spec.optim.clip)
+        norm = clip(stage.module, spec.optim.clip)
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         skips = skips + 1 if skipped else 0
         if skipped and run is not None:
@@ -148,7 +163,7 @@ def _steps(
             step=at.step + 1,
             tokens=at.tokens + tokens,
             sample=at.sample + plan.batch_size,
-            done=at.step + 1 == plan.steps,
+            done=at.step + 1 == spec.steps,
         )
         if skips == MAX_SKIPPED:
             raise FloatingPointError(
@@ -163,12 +178,15 @@ def _steps(
             if valid and plan.stop_accuracy and valid["accuracy"] > plan.stop_accuracy:
                 at = replace(at, done=True)
         path = None
-        if at.done or at.step % plan.save_every == 0:
+        if at.step == stage.last and not at.done:  # the next stage begins from weights alone
+            stage = source.stage(at.step, model)
+            path = None if run is None else str(run.save_weights(model, at))
+        elif at.done or at.step % plan.save_every == 0:
             path = _save(run, spec, model, optimizer, at)
         seconds = time.monotonic() - start
         step = Step(
             step=at.step,
-            steps=plan.steps,
+            steps=spec.steps,
             tokens=at.tokens,
             loss=loss,
             lr=rate,
@@ -178,16 +196,45 @@ def _steps(
             skipped=skipped,
             valid=valid,
             checkpoint=path,
+            stage=name,
         )
         if run is not None and (valid or skipped or at.step % plan.log_every == 0):
             run.log(asdict(step))
         yield step
 
 
+def _begin(
+    spec: RunSpec,
+    source: Source,
+    model: LM,
+    task: Task,
+    run: Run | None,
+    at: Position,
+    device: torch.device,
+) -> Step:
+    """Give `model` the weights to start with; step 0, whose record is left in the run."""
+    rows = spec.train.batch_size // spec.train.accumulate
+    start = source.begin(model, task.train_batch(0, rows))
+    valid = validate(model, task, rows, device)
+    assert valid is not None
+    step = Step(0, spec.steps, 0, valid["loss"], 0.0, 0.0, 0.0, 0.0, valid=valid)
+    if run is not None:
+        run.record_start(start | {"valid": valid})
+        step = replace(step, checkpoint=str(run.save_weights(model, at)))
+        run.log(asdict(step))
+    return step
+
+
 def _gradient(
-    spec: RunSpec, model: LM, task: Task, step: int, stop: "_StopFlag", device: torch.device
+    spec: RunSpec,
+    model: LM,
+    stage: Stage,
+    task: Task,
+    step: int,
+    stop: "_StopFlag",
+    device: torch.device,
 ) -> tuple[float, int] | None:
-    """Loss (1), its gradient left in the model, and the tokens read; None when a signal came.
+    """The stage's loss, its gradient left in the model, and the tokens read; None at a signal.
 
     The rows of micro-batch m of step s are those that task.train_batch numbers s * accumulate + m.
     """
@@ -201,20 +248,10 @@ def _gradient(
         if stop.wanted:
             return None
         with seeded(device, spec.seed, step, m):
-            hidden, targets = _hidden(model, batch, device)
-            loss = token_losses(model, hidden, targets).sum() / max(count, 1)  # (1)
+            loss = stage.loss(batch, count, n)  # (1)
             loss.backward()
         total += loss.detach()
     return total.item(), sum(b.tokens.numel() for b in batches)
-
-
-def _hidden(model: LM, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, targets, bounds = batch.tokens, batch.targets, batch.cu_seqlens
-    if bounds is not None:  # packed documents: one row, with the bounds of the documents in it
-        tokens, targets = tokens.reshape(1, -1), targets.reshape(1, -1)
-    # bounds and targets stay on the CPU, where they are read without waiting for a GPU
-    hidden, _ = model(to_device(tokens, device), cu_seqlens=bounds)
-    return hidden, targets
 
 
 @torch.no_grad()
@@ -233,7 +270,7 @@ def validate(
     for batch in task.valid_batches(batch_size):
         if stop is not None and stop.wanted:
             return None
-        hidden, targets = _hidden(model, batch, device)
+        hidden, targets = read(model, batch, device)
         losses, right = token_losses(model, hidden, targets, correct=True)
         loss += losses.double().sum().item()
         correct += int(right.sum())

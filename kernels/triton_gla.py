@@ -60,14 +60,14 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
         v = min(v, 32)
     wide = K > 128
     return Tiles(
-        prepare=Tile(min(K, 64), V, 4, 1),
-        prepare_exact=Tile(min(K, 32), V, 8, 1),
+        prepare=Tile(min(K, 64), V, 4, 3),
+        prepare_exact=Tile(16, V, 4, 1),
         sweep=Tile(K, v, 4, 1 if wide else 2),
         local=Tile(min(K, 128), min(V, 128), 8, 3) if wide else Tile(min(K, 64), v, 4, 3),
         back=Tile(K, v, 4, 2 if K == 256 else 1),
         states=Tile(min(K, 64), min(V, 64), 8, 3),
         gradients=Tile(min(K, 32), V, 8, 3),
-        gradients_exact=Tile(min(K, 32), V, 8, 3),
+        gradients_exact=Tile(min(K, 32), V, 8, 1),
         programs=264,
     )
 

@@ -155,7 +155,7 @@ def prepare_exact(
     K: tl.constexpr, KB: tl.constexpr, R: tl.constexpr, EACH: tl.constexpr,
     LIMIT: tl.constexpr, PREC: tl.constexpr,
 ):  # fmt: skip
-    """q^, k^ and A of those of the n chunks that `prepare` gets wrong; the others cost a look at Ge.
+    """q^, k^ and A of those of n chunks that `prepare` gets wrong; the others cost a look at Ge.
 
     Grid (n / EACH, HQ) in one axis: EACH chunks a program, so that all can be looked at in two
     rounds of the chip. What `prepare` writes into Ge and G is right for any gate.

@@ -139,8 +139,8 @@ def gsa_fused(
         ValueError: neither s nor g is given, or M exceeds 256 (128 where q, k, v are not all bf16).
 
     Widths are padded with zeros: K and V to a multiple of 64, or to a power of two up to 64, M to a
-    power of two, all of them at least 16, in bf16 64. Memory: between forward and backward, the states
-    of every 128th row, and of each row and head 256 bytes and 10 M bytes in bf16.
+    power of two, all of them at least 16, in bf16 64. Memory: between forward and backward, the
+    states of every 128th row, and of each row and head 256 bytes and 10 M bytes in bf16.
     """
     gate, scale = s if g is None else g, float(scale)
     if gate is None:

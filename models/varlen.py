@@ -8,10 +8,10 @@ and of the new ones. Laid end to end, its keys begin at row F_n = sum_{m < n} (c
 
 (2) is the causal mask aligned to the last key. Two of torch's kernels have it: flash attention
 (bf16 and fp16, widths that are multiples of 8 up to 256) and, without a window, the
-memory-efficient one (fp32 and all else; its windows are others, H100, torch 2.11). They are called as operators of aten, as scaled_dot_product_attention and nested tensors
-do, because only so both take bounds, a window and a limit of the lengths that is not looked up on
-the device. A program is started for every 64 or 128 tokens of `longest` in every sequence; those
-behind a sequence's end do nothing.
+memory-efficient one (fp32 and all else; its windows are others, H100, torch 2.11). They are called
+as operators of aten, as scaled_dot_product_attention and nested tensors do, because only so both
+take bounds and a limit of the lengths that is not looked up on the device. A program is started for
+every 64 or 128 tokens of `longest` in every sequence; those behind a sequence's end do nothing.
 """
 
 import torch

@@ -8,6 +8,7 @@ from glactl.tasks.errors import DataUnavailable
 from glactl.tasks.mqar import MQARSpec, MQARTask
 from glactl.tasks.task import Batch, Task
 from glactl.tasks.text import TextSpec, TextTask
+from glactl.tasks.tokenizer import Tokenizer
 
 __all__ = ["Batch", "DataUnavailable", "Task", "TaskSpec", "load_task"]
 
@@ -18,8 +19,10 @@ TaskSpec = Annotated[
 ]
 
 
-def load_task(spec: TextSpec | MQARSpec, seed: int) -> Task:
+def load_task(spec: TextSpec | MQARSpec, seed: int, tokenizer: Tokenizer | None = None) -> Task:
     """The data that `spec` describes, read or made from `seed`.
+
+    tokenizer: that of `spec`, where it is not to be had from the place that `spec` names.
 
     Raises:
         ValueError, FileNotFoundError: the data cannot be used; one line with the file.
@@ -27,4 +30,4 @@ def load_task(spec: TextSpec | MQARSpec, seed: int) -> Task:
     """
     if isinstance(spec, MQARSpec):
         return MQARTask(spec, seed)
-    return TextTask(spec, seed)
+    return TextTask(spec, seed, tokenizer)

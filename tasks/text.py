@@ -3,24 +3,27 @@
 The documents of a split are laid end to end in one stream, framed by the special tokens,
 
     BOS document EOS BOS document EOS ...    where BOS and EOS differ
-    END document END document ... END        where there is one token for both, or one of the two
+    END document END document ... END        where there is one token for both, or one of the two,
+                                             and with frame "bos", END being BOS
     document document ...                    where there is neither
 
-and row r of T tokens reads stream[r T : r T + T] and is asked for stream[r T + 1 : r T + T + 1]. A
-document is held out for validation where the first byte of its sha256 is below 16, one in 16 of
-them; where none is, the one with the least hash. So copies of a document are on one side, and
-adding documents moves no other one.
+and row r of T tokens reads stream[r T : r T + T] and is asked for stream[r T + 1 : r T + T + 1].
+With rows "documents", row r is document r alone, from the beginning of its frame; what is behind
+its first T targets is left out. A document is held out for validation where the first byte of its
+sha256 is below 16, one in 16 of them; where none is, the one with the least hash. So copies of a
+document are on one side, and adding documents moves no other one. Where `valid` names a source of
+its own, its documents are those held out, and all others are trained on.
 """
 
 import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from glactl.models.spec import Spec
 from glactl.tasks.corpus import documents
@@ -40,6 +43,15 @@ class TextSpec(Spec):
     seq_len: int = Field(256, ge=1)  # tokens a row
     packed: bool = False  # the state begins anew at each document, not only at each row
     limit: int | None = Field(None, ge=1)  # documents to read; needed for data of the hub
+    rows: Literal["stream", "documents"] = "stream"  # documents: one a row, at most seq_len tokens
+    frame: Literal["both", "bos"] = "both"  # bos: BOS alone, as Llama's data have it
+    valid: str | None = None  # a source of held-out documents; None: one in 16 of `source`
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.packed and self.rows == "documents":
+            raise ValueError("packed is true, but rows of documents begin with one each already")
+        return self
 
 
 class TextTask:
@@ -48,29 +60,38 @@ class TextTask:
     Args:
         spec: what to read.
         seed: of the order of the training rows; it has no influence on the split.
+        tokenizer: that of `spec`; None: it is loaded.
 
     Raises:
         ValueError, FileNotFoundError, DataUnavailable: see `documents` and `load_tokenizer`; also
-            ValueError where a split has no document or training fills no row.
+            ValueError where a split has no document or training fills no row, or where frame
+            "bos" has no BOS.
 
     Cost: 2 bytes a token of memory where the vocabulary is at most 65,536, else 4, while reading
     up to twice as much and the file.
     """
 
-    def __init__(self, spec: TextSpec, seed: int) -> None:
+    def __init__(self, spec: TextSpec, seed: int, tokenizer: Tokenizer | None = None) -> None:
         self.spec = spec
-        tokenizer = load_tokenizer(spec.tokenizer)
+        tokenizer = load_tokenizer(spec.tokenizer) if tokenizer is None else tokenizer
         self.tokenizer: Tokenizer | None = tokenizer
         self.vocab_size = tokenizer.vocab_size
-        self._train, self._valid = _Side(tokenizer), _Side(tokenizer, sized=True)
-        settings = {"tokenizer": spec.tokenizer, "seq_len": spec.seq_len, "packed": spec.packed}
+        if spec.frame == "bos" and tokenizer.bos_id is None:
+            raise ValueError(f"frame is bos, but tokenizer {spec.tokenizer} has no BOS")
+        self._train = _Side(tokenizer, spec.frame)
+        self._valid = _Side(tokenizer, spec.frame, sized=True)
+        settings: dict[str, Any] = {"tokenizer": spec.tokenizer, "seq_len": spec.seq_len}
+        settings["packed"] = spec.packed
+        for name in ("rows", "frame"):  # at their defaults they are not in older fingerprints
+            if (value := getattr(spec, name)) != TextSpec.model_fields[name].default:
+                settings[name] = value
         digest = hashlib.sha256(json.dumps(settings).encode())
-        for name, text, held_out in _split(documents(spec.source, spec.limit)):
-            digest.update(name)
+        for hashed, text, held_out in _sides(spec):
+            digest.update(hashed + b"held out" * (held_out and spec.valid is not None))
             (self._valid if held_out else self._train).add(text)
         self.fingerprint = digest.hexdigest()
         if not self._valid.n_bytes:
-            raise ValueError(f"source {spec.source} has no text")
+            raise ValueError(f"source {spec.valid or spec.source} has no text")
         if not self._train.n_bytes:
             raise ValueError(
                 f"source {spec.source} has one document, which is held out for validation; "
@@ -80,6 +101,8 @@ class TextTask:
         self._valid.close()
         tokens = len(self._train.tokens())
         self.n_train = (tokens - 1) // spec.seq_len
+        if spec.rows == "documents":
+            self.n_train = len(self._train.starts)
         if self.n_train == 0:
             raise ValueError(
                 f"source {spec.source} has {tokens} tokens to train on; one row of seq_len "
@@ -91,7 +114,8 @@ class TextTask:
         """Rows index * batch_size and following of the epochs, each epoch in an order of its own.
 
         Returns:
-            tokens and targets (batch_size, seq_len); cu_seqlens where the spec says packed.
+            tokens and targets (batch_size, seq_len); cu_seqlens where the spec says packed. Rows
+            of documents are packed end to end into one, with their bounds.
         """
         return self._batch(self._train, self._order.rows(index, batch_size))
 
@@ -101,6 +125,8 @@ class TextTask:
         Every token but the stream's first is asked for once (packed: but each document's first).
         """
         n_rows = -(-(len(self._valid.tokens()) - 1) // self.spec.seq_len)
+        if self.spec.rows == "documents":
+            n_rows = len(self._valid.starts)
         for start in range(0, n_rows, batch_size):
             yield self._batch(self._valid, np.arange(start, min(start + batch_size, n_rows)))
 
@@ -111,7 +137,23 @@ class TextTask:
             bytes(self._valid.text),
         )
 
+    def _documents(self, side: "_Side", rows: np.ndarray) -> Batch:
+        stream, starts = side.tokens(), np.frombuffer(side.starts, np.int64)
+        # where there is one token for both ends, that of the next document is asked for, too
+        stops = np.append(starts[1:] + side.joined, len(stream))[rows]
+        length = np.minimum(stops - starts[rows] - 1, self.spec.seq_len)
+        bounds = np.append(0, length.cumsum())
+        at = np.arange(bounds[-1]) + np.repeat(starts[rows] - bounds[:-1], length)
+        tokens, targets = (torch.from_numpy(stream[i].astype(np.int64)) for i in (at, at + 1))
+        n_bytes = None
+        if side.sizes is not None:
+            n_bytes = int(np.frombuffer(side.sizes, np.int32)[at + 1].sum())
+        packed = torch.from_numpy(bounds.astype(np.int32))
+        return Batch(tokens[None], targets[None], n_bytes, cu_seqlens=packed)
+
     def _batch(self, side: "_Side", rows: np.ndarray) -> Batch:
+        if self.spec.rows == "documents":
+            return self._documents(side, rows)
         T, stream = self.spec.seq_len, side.tokens()
         at = rows[:, None] * T + np.arange(T + 1)
         read = torch.from_numpy(stream[np.minimum(at, len(stream) - 1)].astype(np.int64))
@@ -142,9 +184,9 @@ class _Side:
     document and begins the next.
     """
 
-    def __init__(self, tokenizer: Tokenizer, sized: bool = False) -> None:
+    def __init__(self, tokenizer: Tokenizer, frame: str, sized: bool = False) -> None:
         self.tokenizer = tokenizer
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id
+        bos, eos = tokenizer.bos_id, tokenizer.eos_id if frame == "both" else None
         ends = [t for t in dict.fromkeys([bos, eos]) if t is not None]
         self.joined = len(ends) == 1
         self.lead, self.tail = ends[:1], ends[1:]
@@ -195,6 +237,16 @@ class _Side:
         if self.sizes is not None:
             sizes = np.zeros(len(tokens)) if text is None else self.tokenizer.sizes(text)
             self.sizes += sizes.astype(np.int32).tobytes()
+
+
+def _sides(spec: TextSpec) -> Iterator[tuple[bytes, str, bool]]:
+    """(sha256, text, whether it is held out) of all documents."""
+    if spec.valid is None:
+        yield from _split(documents(spec.source, spec.limit))
+        return
+    for source, limit, held_out in ((spec.source, spec.limit, False), (spec.valid, None, True)):
+        for text in documents(source, limit):
+            yield hashlib.sha256(text.encode()).digest(), text, held_out
 
 
 def _split(texts: Iterator[str]) -> Iterator[tuple[bytes, str, bool]]:

@@ -173,18 +173,20 @@ def attn(kind, config, w, bias, x):
     return rms(o.flatten(1), w["g_norm"], 1e-5)
 
 
-def fla_logits(kind, config, tensors, tokens):
+def fla_logits(kind, config, tensors, tokens, attention=None):
+    """attention: layer -> config, of the layers of a hybrid that have softmax attention."""
     t = {n: x.double() for n, x in tensors.items()}
     h, eps = t["model.embeddings.weight"][tokens], config["norm_eps"]
     for i in range(L):
         p = f"model.layers.{i}."
-        w = {n: t[f"{p}attn.{n}.weight"] for n in ATTN[kind]}
+        here, own = ("transformer", attention[i]) if i in (attention or {}) else (kind, config)
+        w = {n: t[f"{p}attn.{n}.weight"] for n in ATTN[here]}
         bias = t.get(p + "attn.gk_proj.1.bias")
         if kind == "hgrn2":
             shares = t["model.lower_bounds"].softmax(0)
             bias = shares.cumsum(0)[i] - shares[0]
         x = rms(h, t[p + "attn_norm.weight"], eps)
-        h = h + attn(kind, config, w, bias, x) @ w["o_proj"].T
+        h = h + attn(here, own, w, bias, x) @ w["o_proj"].T
         x = rms(h, t[p + "mlp_norm.weight"], eps)
         gate, up, down = (t[f"{p}mlp.{n}_proj.weight"] for n in ("gate", "up", "down"))
         h = h + (F.silu(x @ gate.T) * (x @ up.T)) @ down.T

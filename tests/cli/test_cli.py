@@ -54,7 +54,10 @@ def fails(result, code, message):
         (["train", "a.yaml", "b.yaml"], r"Got unexpected extra argument.*"),
         (["train", "--preset"], "Option '--preset' requires an argument."),
         (["train", "absent.yaml"], "no spec at absent.yaml"),
-        (["train", "--preset", "huge"], "--preset is 'huge'; allowed: default, tiny"),
+        (
+            ["train", "--preset", "huge"],
+            "--preset is 'huge'; allowed: default, t2r_mistral_7b, tiny",
+        ),
         (["train", "--preset", "tiny", "--resume"], "--preset tiny and --resume exclude .*"),
         (["train", "--set", "seed"], "--set seed: allowed: --set KEY=VALUE, .*"),
         (["train", "--name", "a b"], "--set name='a b': name is 'a b'; allowed: letters, .*"),
@@ -165,6 +168,7 @@ def test_plan_computes_and_writes_nothing(glactl, spec):
         "memory",
         "tokens/step",
         "steps",
+        "time",
         "disk",
     ]
     assert "48 = 4 rows x 12 in 2 micro-batches" in shown.stdout

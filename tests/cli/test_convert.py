@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fla_layers import CONFIGS, INNER, VOCAB, D, L, fla_logits, fla_tensors
+from fla_layers import CONFIGS, GQA, INNER, VOCAB, D, L, fla_logits, fla_tensors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -139,6 +139,35 @@ def test_a_mistral_has_a_window(glactl, tmp_path):
     assert {n: written[n] for n in config} == config
 
 
+@pytest.mark.parametrize("as_list", [False, True])
+@pytest.mark.parametrize("kind", ["gla", "gsa"])
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_hybrid_of_fla(glactl, tmp_path, kind, layer, as_list):
+    tensors, other = fla_tensors(kind), fla_tensors("transformer")
+    at = f"model.layers.{layer}.attn."
+    tensors = {n: x for n, x in tensors.items() if not n.startswith(at)}
+    tensors |= {n: x for n, x in other.items() if n.startswith(at)}
+    attn = GQA | {"layers": [layer], "window_size": 5, "rope_theta": 500.0}
+    config = CONFIGS[kind] | {"attn": [attn] if as_list else attn}
+    write(tmp_path / "in", config, tensors)
+    made = glactl("import", "in", "--out", "runs/a")
+    assert made.exit_code == 0, made.stderr
+    tokens, found = logits(tmp_path / "runs" / "a")
+    wanted = fla_logits(kind, config, tensors, tokens, {layer: CONFIGS["transformer"]})
+    assert (found - wanted).abs().max() < 1e-9 * wanted.abs().max()
+
+
+def test_hybrids_that_are_not_to_be_had(glactl, tmp_path):
+    attn = {"attn": {"layers": [1], "num_heads": 4}}
+    for kind, more, message in (
+        ("hgrn2", {}, "config.json: attn is {'layers': [1], 'num_heads': 4}; allowed: None"),
+        ("abc", {"use_rope": False}, "use_rope is False; allowed with attn: True"),
+    ):
+        write(tmp_path / kind, CONFIGS[kind] | attn | more, fla_tensors(kind))
+        made = glactl("import", kind, "--out", "runs/a")
+        assert (made.exit_code, message in made.stderr) == (2, True), made.stderr
+
+
 def test_old_layouts_of_fla(glactl, tmp_path):
     tensors, old = fla_tensors("gsa"), {}
     for name, x in tensors.items():
@@ -194,9 +223,22 @@ def _with(name, x):
         (None, {"use_gv": True}, "config.json: use_gv is True; allowed: False"),
         (None, {"num_heads": "4"}, "config.json: num_heads is '4'; allowed: a whole number"),
         (None, {"expand_k": "x"}, "config.json makes no model: mixer.gla.expand_k"),
-        (None, {"model_type": "mamba"}, "config.json: model_type is 'mamba'; known: llama"),
+        (None, {"model_type": "mamba2"}, "config.json: model_type is 'mamba2'; known: llama"),
         (None, {"model_type": "gsa"}, "the tensors are named as those of gla"),
-        (None, {"attn": {"layers": [1]}}, "config.json: attn is {'layers': [1]}; allowed: None"),
+        (
+            None,
+            {"attn": {"num_heads": 4}},
+            "attn is {'num_heads': 4}; allowed: objects with layers",
+        ),
+        (
+            None,
+            {"attn": {"layers": [2], "num_heads": 4}},
+            "attn has layer 2; allowed: once each of",
+        ),
+        (None, {"attn": [{"layers": [1, 1], "num_heads": 4}]}, "attn has layer 1; allowed: once"),
+        (None, {"attn": {"layers": [1]}}, "config.json has no field num_heads"),
+        (None, {"attn": {"layers": [1], "num_heads": 4, "qkv_bias": True}}, "qkv_bias is True"),
+        (None, {"attnres_block_size": 2}, "attnres_block_size is 2; allowed: None"),
     ],
 )
 def test_what_does_not_fit_is_one_line_with_its_name(glactl, tmp_path, change, config, message):

@@ -164,3 +164,25 @@ def test_without_any_run(glactl):
     done = glactl("generate")
     assert done.exit_code == 2
     assert "error: no run with a checkpoint in runs; make one: glactl train" in done.stderr
+
+
+def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(glactl, byte_run, monkeypatch):
+    """Five of each of two prompts, at once or three rows at a time."""
+    args = ("generate", byte_run.path, "-p", "a", "-p", "b", "--samples", 5, "--json", "-n", 6)
+    whole = glactl(*args)
+    assert whole.exit_code == 0, whole.stderr
+    rows = [json.loads(line) for line in whole.stdout.splitlines()]
+    assert [row["prompt"] for row in rows] == ["a"] * 5 + ["b"] * 5
+    assert len({row["text"] for row in rows}) > 5
+    monkeypatch.setattr("glactl.generate.BATCH", 3)
+    assert glactl(*args).stdout == whole.stdout
+
+
+@pytest.mark.parametrize("end", ["bos_id", "eos_id"])
+def test_a_text_ends_where_another_one_would_begin(end):
+    lm = build("gla")
+    assert generate(lm, TOKENIZER, ["x"], 9).tokens == 9
+    with torch.no_grad():  # what follows "x" is the end, by far
+        lm.head.weight[getattr(TOKENIZER, end)] = 1e3 * lm(torch.tensor([[120]]))[0][0, -1]
+    made = generate(lm, TOKENIZER, ["x"], 9)
+    assert (made.tokens, made.texts) == (1, [""])

@@ -87,7 +87,7 @@ def test_a_run_that_cannot_be_made_leaves_nothing(spec, tmp_path, monkeypatch):
     def full(spec):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("glactl.run._manifest", full)
+    monkeypatch.setattr("glactl.run.manifest_of", full)
     with pytest.raises(OSError, match="No space left"):
         Run.create(spec, "", tmp_path / "runs")
     assert list((tmp_path / "runs").iterdir()) == []

@@ -53,9 +53,9 @@ ERRORS = [  # the spec, and the error behind "spec.yaml:"
     ("lr: 3", "1: lr is not a field of RunSpec; did you mean optim.lr?"),
     (
         "slots: 3",
-        "1: slots is not a field of RunSpec; fields: name, seed, model, data, optim, train",
+        "1: slots is not a field of RunSpec; fields: name, seed, model, data, optim, train, init",
     ),
-    ("1: 2", " 1 is not a field of RunSpec; fields: name, seed, model, data, optim, train"),
+    ("1: 2", " 1 is not a field of RunSpec; fields: name, seed, model, data, optim, train, init"),
     ("model: {d_model: abc}", "1: model.d_model is 'abc'; allowed: an integer"),
     ("model: {d_model: 1.5}", "1: model.d_model is 1.5; allowed: an integer"),
     (
@@ -146,7 +146,9 @@ def test_a_folder_is_not_a_spec(tmp_path):
 
 
 def test_an_unknown_preset():
-    with pytest.raises(SpecError, match=r"'tinny'; allowed: default, tiny; did you mean tiny\?"):
+    with pytest.raises(
+        SpecError, match=r"'tinny'; allowed: default, t2r_mistral_7b, tiny; did you mean tiny\?"
+    ):
         load(preset="tinny")
 
 

@@ -299,7 +299,7 @@ def test_the_gradient_is_clipped_as_a_whole(tiny_data, toy, monkeypatch):
         optimizer.register_step_pre_hook(look)
         return optimizer
 
-    monkeypatch.setattr("glactl.train.make_optimizer", make)
+    monkeypatch.setattr("glactl.stages.make_optimizer", make)
     step = next(train(RunSpec.model_validate(tiny_data), device="cpu", task=toy))
     assert seen == pytest.approx([1e-3], rel=1e-2)  # torch adds 1e-6 to the norm it divides by
     assert step.grad_norm > 0.1

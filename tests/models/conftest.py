@@ -44,7 +44,7 @@ MODELS |= {
     },
     "linear, elu": {"mixer": {"kind": "linear", "expand_v": 0.5, "feature_map": "elu"}},
     "retnet, made of attention": {
-        "mixer": {"kind": "retnet", "kv_heads": 2, "feature_map": "relu", "output_gate": False}
+        "mixer": {"kind": "retnet", "kv_heads": 2, "feature_map": "swish", "output_gate": False}
     },
     "retnet, no rotation": {"mixer": {"kind": "retnet", "heads": 2}, "positions": "none"},
     "transnormer, all": {

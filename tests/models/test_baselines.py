@@ -97,6 +97,24 @@ def test_retnet(rope):
     assert ("length" in m.initial_state(1, CPU)) == rope
 
 
+@pytest.mark.parametrize("feature", ["relu", "swish"])
+def test_retnet_made_of_attention(feature):
+    """Two heads a state, a feature map in front of the rotation, no output gate."""
+    fields = {"heads": 6, "kv_heads": 3, "expand_v": 1.0, "rope_theta": 100.0}
+    spec = RetNet.Spec(**fields, feature_map=feature, output_gate=False)
+    m, x = filled(spec.build(D, True, EPS)), draw(1, T, D)
+    f = {"relu": lambda z: z.clamp(min=0), "swish": silu}[feature]
+    decay = torch.tensor([1 - 1 / 32, 1 - 1 / 64, 1 - 1 / 128]).double()
+    S, expected = torch.zeros(3, 2, 2).double(), []
+    for t, x_t in enumerate(x[0]):
+        q, (k, v) = (m.q.weight @ x_t).view(6, -1), parts(m, x_t, "kv", 3)
+        q, k = turned(f(q), t, 100.0), turned(f(k), t, 100.0)
+        S = decay[:, None, None] * S + k[:, :, None] * v[:, None, :]
+        o = torch.einsum("hkv,hk->hv", S.repeat_interleave(2, 0), q) / math.sqrt(2)
+        expected.append(m.out.weight @ rms(o, m.norm.weight).flatten())
+    check(m, x, expected, {"s": S})
+
+
 def transnormer_decay(name, layer, layers, heads):
     made = []
     for h in range(heads):

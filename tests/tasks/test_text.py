@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import datasets
@@ -366,3 +367,44 @@ def test_a_data_set_of_the_hub(monkeypatch, texts):
 def test_bad_settings(fields):
     with pytest.raises(ValueError, match="validation error for TextSpec"):
         TextSpec(**fields)
+
+
+@pytest.mark.parametrize(("frame", "T"), [("both", 400), ("bos", 400), ("bos", 20)])
+def test_rows_of_documents(source, texts, frame, T):
+    """Each document from its frame on, cut behind T targets; with BOS alone the next one's, too."""
+    spec = TextSpec(source=source, seq_len=T, rows="documents", frame=frame)
+    task = load_task(spec, 0)
+    end = EOS if frame == "both" else BOS
+    for batches, out in ((task.valid_batches(3), True), ([task.train_batch(0, 150)], False)):
+        wanted = [[BOS, *t.encode(), end] for t in texts if held_out(t) == out]
+        seen = []
+        for batch in batches:
+            bounds = batch.cu_seqlens.tolist()
+            assert batch.tokens.shape == batch.targets.shape == (1, bounds[-1])
+            for a, b in pairwise(bounds):
+                seen.append([*batch.tokens[0, a:b].tolist(), batch.targets[0, b - 1].item()])
+                assert torch.equal(batch.tokens[0, a + 1 : b], batch.targets[0, a : b - 1])
+            if out:
+                assert batch.n_bytes == int((batch.targets < 256).sum())
+        cut = [row[: T + 1] for row in wanted]
+        if out:
+            assert seen == cut
+        else:
+            assert len(seen) == 150
+            assert all(row in cut for row in seen)
+
+
+def test_held_out_documents_of_another_source(source, texts, tmp_path):
+    other = ["one story", "another story", "a third"]
+    held = write(tmp_path / "held.jsonl", other)
+    task = load_task(TextSpec(source=source, valid=held, seq_len=8), 0)
+    assert joined(task.valid_batches(2))[0][: len(framed(other)) - 1] == framed(other)[:-1]
+    assert task.n_train == (len(framed(texts)) - 1) // 8
+    swapped = load_task(TextSpec(source=held, valid=source, seq_len=8), 0)
+    assert swapped.fingerprint != task.fingerprint
+    assert load_task(TextSpec(source=source, seq_len=8), 0).fingerprint != task.fingerprint
+
+
+def test_rows_of_documents_are_packed_already():
+    with pytest.raises(ValueError, match="packed is true, but rows of documents"):
+        TextSpec(packed=True, rows="documents")
