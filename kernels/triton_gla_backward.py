@@ -232,10 +232,15 @@ def gradients(
     live = (i < rows)[:, None]
     at_dA = i[:, None] * 128 + i[None, :]
     da += (block * HQ + head * R) * ((1 + SPLIT) * 128 * 128)
+    here = ge + (block * 2 * H + head) * K + (pid % NK) * (KB * TILES)
+    here += tl.arange(0, TILES)[:, None] * KB + tl.arange(0, KB)[None, :]
+    decays = -tl.load(here) - tl.load(here + H * K)
     if KEEP:
         high = tl.load(da + at_dA)
         if SPLIT:
             low = tl.load(da + 128 * 128 + at_dA)
+    if tl.min(tl.max(decays, 1), 0) > LIMIT:  # every tile is left out
+        return
     for n in tl.range(TILES, num_stages=2):  # all reads before the branch, to be fetched ahead
         first_k = (pid % NK) * (KB * TILES) + n * KB
         kk = first_k + tl.arange(0, KB)
