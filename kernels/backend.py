@@ -13,6 +13,9 @@ Backend = Literal["chunked", "reference", "triton"]
 # code before: gla by its gate, gsa, the steps, the edges of a layer.
 PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step", "edges"})
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant to torch.compile
+# The widest heads that were held so where operands are fp32 (fp32 and fp16 inputs). A model with K
+# 256 in fp32 and a scalar decay ended in an illegal memory access there (Triton 3.6).
+PROVEN_FP32 = {"gla": 64, "gsa": 128}
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -27,7 +30,7 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
     Returns:
         "triton" on a CUDA device where Triton is installed, else "chunked"; `backend` if given.
         What "triton" has no kernels for runs chunked, and so does, unless "triton" is asked for,
-        what has kernels that are not in `PROVEN`.
+        what has kernels that are not in `PROVEN` or heads wider in fp32 than `PROVEN_FP32`.
 
     Raises:
         ValueError: no such backend, or "triton" without a CUDA device or without Triton.
@@ -39,6 +42,12 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
     if backend == "triton" and not usable:
         raise ValueError(f"backend is 'triton' on {device}; allowed: a CUDA device, with Triton")
     return backend or ("triton" if usable else "chunked")  # type: ignore[return-value]
+
+
+def proven_width(operator: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether heads of this width were held against fp64 in the operands' precision."""
+    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    return bf16 or q.shape[3] <= PROVEN_FP32[operator]
 
 
 def full_precision(function: Callable[P, R]) -> Callable[P, R]:

@@ -22,7 +22,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from glactl.kernels.backend import PROVEN, full_precision, pick_backend
+from glactl.kernels.backend import PROVEN, full_precision, pick_backend, proven_width
 from glactl.kernels.checks import (
     check_bounds,
     check_gates,
@@ -104,7 +104,7 @@ def _triton(
     fits = state_dtype(q, k, v) == torch.float32 and q.shape[0] * q.shape[1] > 0
     if gate == "gv" or not fits or q.shape[3] > TRITON_WIDEST_KEY:
         return None
-    if gate not in PROVEN and not asked:
+    if not (asked or (gate in PROVEN and proven_width("gla", q, k, v))):
         return None
     if gate == "gk":
         from glactl.kernels.triton_gla_op import gla_key

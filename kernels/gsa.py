@@ -21,7 +21,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from glactl.kernels.backend import PROVEN, full_precision, pick_backend
+from glactl.kernels.backend import PROVEN, full_precision, pick_backend, proven_width
 from glactl.kernels.checks import (
     check_bounds,
     check_gates,
@@ -93,7 +93,7 @@ def gsa(
 
 def _fits_triton(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, asked: bool) -> bool:
     """Whether the Triton engine takes these inputs."""
-    if slots is None or not (asked or "gsa" in PROVEN):
+    if slots is None or not (asked or ("gsa" in PROVEN and proven_width("gsa", q, k, v))):
         return False
     from glactl.kernels.triton_gsa import MOST_SLOTS, operand_dtype
 

@@ -44,7 +44,7 @@ def tiles(K: int, V: int, dtype: torch.dtype) -> Tiles:
     """The rule: how large a tile fits the registers and shared memory at this shape."""
     v = min(V, 64)
     if dtype == torch.float32:
-        v = min(v, 32 if K <= 128 else 16)
+        v = min(v, 32)
         return Tiles(
             prepare=Tile(min(K, 32), V, 4, 1),
             prepare_exact=Tile(min(K, 16), V, 4, 1),

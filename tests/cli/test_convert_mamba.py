@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 
 from glactl.cli import app
 from glactl.convert import read_model
+from glactl.convert_maps import describe
+from glactl.models.lm_spec import LMSpec
 from glactl.run import Run
 
 E, M, W, R = 2 * D, 3, 4, 5
@@ -131,7 +133,8 @@ def test_a_mamba_gives_the_logits_of_its_equations_and_goes_back(glactl, tmp_pat
     assert (mixer.dt_min, mixer.dt_max) == (0.01, 0.2)
     assert spec.model.tie_embeddings == (kind != "fla")
 
-    shown = glactl("export", "a", "--format", "fla", "--out", "back", "--json")
+    format = "fla" if kind == "fla" else "hf"
+    shown = glactl("export", "a", "--format", format, "--out", "back", "--json")
     assert shown.exit_code == 0, shown.stderr
     assert json.loads(shown.stdout)["read back here"] == 0
     back = load_file("back/model.safetensors")
@@ -189,11 +192,10 @@ def test_what_has_no_default_is_asked_for(tmp_path, field):
         read_model(source, torch.device("cpu"))
 
 
-def test_what_a_config_lacks_is_told_and_of_the_published_size(tmp_path):
-    """Of the fields of the tensors' shapes, only those with the published value can lack."""
-    config = {n: x for n, x in CONFIGS["hf"].items() if n in ("conv_kernel", "state_size")}
-    bare = {n: SHARED[n] for n in ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")}
-    source = write(tmp_path / "in", config | bare | {"dt_rank": R}, mamba_tensors("hf"))
+def test_what_a_config_lacks_is_told(tmp_path):
+    needed = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "state_size")
+    config = {n: SHARED[n] for n in needed} | {"dt_rank": R}
+    source = write(tmp_path / "in", config, mamba_tensors("hf"))
     lm, found = read_model(source, torch.device("cpu"))
     assert lm.spec.norm_eps == 1e-5
     assert "config.json has no expand: taken as 2" in found.notes
@@ -209,6 +211,23 @@ def test_a_rank_of_a_16th_of_the_width_is_ours_by_default(tmp_path, rank):
     source = write(tmp_path / "in", config, mamba_tensors("hf", **small))
     lm, _ = read_model(source, torch.device("cpu"))
     assert lm.spec.mixers[0].dt_rank is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"ffn": "swiglu"}, "model.ffn is swiglu; allowed in this format: none"),
+        ({"positions": "learned", "max_len": 9}, "model.positions is learned"),
+        ({"norm": "layernorm"}, "model.norm is layernorm"),
+        ({"short_conv": 4}, "model.short_conv is 4"),
+        ({"mixer": ["mamba", "gla"]}, "model.mixer is ['gla']"),
+    ],
+)
+def test_what_a_format_cannot_say(fields, message):
+    plain = {"d_model": D, "n_layers": L, "vocab_size": VOCAB, "mixer": "mamba", "ffn": "none"}
+    describe("mamba", LMSpec.model_validate(plain), [])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        describe("mamba", LMSpec.model_validate(plain | fields), [])
 
 
 @pytest.mark.parametrize("missing", ["backbone.embeddings.weight", "backbone.layers.1.mixer.D"])

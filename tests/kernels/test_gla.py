@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -325,3 +326,23 @@ def test_errors_of_bounds(bounds: list[int], message: str) -> None:
 def test_nan_comes_out_again() -> None:
     x = X + torch.nan
     assert gla(X, X, X + 1, gk=x)[0].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "K", "asked", "taken"),
+    [
+        (torch.bfloat16, 512, False, True),
+        (torch.float32, 64, False, True),
+        (torch.float32, 128, False, False),
+        (torch.float16, 128, False, False),
+        (torch.float32, 128, True, True),
+        (torch.bfloat16, 1024, True, False),
+    ],
+    ids=str,
+)
+def test_kernels_run_unasked_only_where_they_were_proven(dtype, K, asked, taken) -> None:
+    pytest.importorskip("triton")
+    engine = import_module("glactl.kernels.gla")  # the package has a function of this name
+    q = torch.zeros(1, 2, 1, K, dtype=dtype)
+    for gate in ("gk", "g", None):
+        assert (engine._triton(gate, q, q, q, asked) is not None) == taken
