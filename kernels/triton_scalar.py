@@ -3,25 +3,25 @@
 The mathematics is in triton_scalar_forward.py and triton_scalar_backward.py, the cut into blocks
 and segments in triton_layout.py, the states carried between segments in triton_segments.py, the
 differentiable operator in triton_scalar_op.py. Two launches forward and three backward, two more
-each with segments and one more where the decay wants a gradient.
+each with segments and one more where the decay wants a gradient. The walks over segments are those
+of the key gate (triton_walks.py).
 
-Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, A and dA rounded to
-bf16, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
+Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, q^, k^, A and dA rounded
+to bf16, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 
 K 256, V 512, 4 heads, 32,768 tokens, T 2048, bf16: megabytes to and from memory, their time at
-3.02 TB/s, and the milliseconds measured on an H100 with A and dA as two numbers, a decay a token
-and its gradient; with one number each, as here, they are not measured yet.
+3.02 TB/s, and the milliseconds measured on an H100 with a decay a head and no gradient for it.
 
-    scores           q k 134, A 34                            168   0.06   0.06
-    sweep            q k 134, A 34, v o 268, S 268            704   0.23   0.57
-    sweep_back       q k 134, A 34, do dv 268, D 268          704   0.23   0.57
-    score_gradient   do v 268, dA 34                          302   0.10   0.13
-    gradients        do v 268, S D 537, dA 34, q k dq dk 268 1107   0.37   0.58
+    scores           q k 134, q^ k^ 134, A 34                 302   0.10   0.12
+    sweep            q^ k^ 134, A 34, v o 268, S 268          704   0.23   0.44
+    sweep_back       q^ k^ 134, A 34, do dv 268, D 268        704   0.23   0.44
+    score_gradient   do v 268, dA 34                          302   0.10   0.12
+    gradients        do v 268, S D 537, dA 34, q k dq dk 268 1107   0.37   0.42
     gate_gradient    shares 6                                   7   0.00
 
 `gradients` and `score_gradient` are held to 128 registers a thread, so that two blocks share a
-multiprocessor; with a gradient for g they spill 112 and 12 bytes after their loops, without none.
+multiprocessor; with a gradient for g they spill after their loops.
 """
 
 from dataclasses import dataclass
