@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_gsa
-from glactl.kernels.triton_launch import aligned
+from glactl.kernels.triton_launch import aligned, compile_ahead, on_meta
 from glactl.kernels.triton_layout import block_count
 
 
@@ -21,6 +21,16 @@ def _run_forward(
 ) -> list[Tensor]:  # fmt: skip
     q, k, v, s, g, start = aligned(q, k, v, s, g, start)
     p = triton_gsa.plan(q, k, v, s, g, scale, slots, cu_seqlens)
+    if save:
+
+        def rehearse() -> None:
+            m, first = on_meta(p), None if start is None else start.to("meta")
+            o, final, kept = triton_gsa.forward(m, first, want_final, True)
+            dfinal = final if want_final else None
+            triton_gsa.backward(m, o, dfinal, kept, first is not None)
+
+        facts = "slots", p.number, id(p.tiles), p.layout.split, start is None, want_final
+        compile_ahead(q.device, facts, rehearse)
     o, final, kept = triton_gsa.forward(p, start, want_final, save)
     return [o, final, *(kept if save else [])]
 

@@ -1,23 +1,34 @@
-"""Launches of Triton kernels at a third of the host's time.
+"""Launches of Triton kernels: at a third of the host's time, and compiled side by side.
 
 Triton looks at every argument of every launch to find the kernel compiled for it (27 us a launch on
 an H100's host, 10 us of it the launch itself; 7 to 13 launches a layer and step). All arguments of
 the engines' launches but a few are buffers that they allocate, so what a kernel is compiled for
 follows from the shapes and types of a call: `signature` names those by a number, and `launch` keeps
 what Triton returned for the number and the constants.
+
+A compilation takes one to four seconds, most of it in parts that leave Python to other threads. So
+before the first call that wants a backward, `compile_ahead` has all of its launches named, by a
+rehearsal on tensors without memory, and compiles them at once.
 """
 
-from collections.abc import Callable
+import os
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+P = TypeVar("P")
 KEPT = 4096  # launches remembered; lengths that never repeat make one each
 _numbers: dict[tuple[Any, ...], int] = {}
 _next = count()
 _runners: dict[tuple[Any, ...], Callable[..., None]] = {}
+_rehearsed: set[Hashable] = set()
+_rehearsal = threading.local()  # named: the launches so far, by kernel and constants
 
 
 def signature(device: torch.device, *facts: Any) -> int:
@@ -50,6 +61,10 @@ def launch(number: int, kernel: Any, programs: int, *args: Any, **constants: Any
         args: the parameters that are no constants, in order.
         constants: the others, and the launch options.
     """
+    named = getattr(_rehearsal, "named", None)
+    if named is not None:
+        named[id(kernel), *constants.values()] = kernel, args, constants
+        return
     key = (number, id(kernel), programs, *constants.values())
     run = _runners.get(key)
     if run is not None:
@@ -63,3 +78,39 @@ def launch(number: int, kernel: Any, programs: int, *args: Any, **constants: Any
     start = compiled[(programs, 1, 1)]
     tail = tuple(constants[name] for name in kernel.arg_names[len(args) :])
     _runners[key] = lambda *xs: start(*xs, *tail)
+
+
+def on_meta(plan: P) -> P:
+    """The plan, a dataclass, with its tensors of the meta device."""
+    found = {f.name: getattr(plan, f.name) for f in fields(plan)}  # type: ignore[arg-type]
+    tensors = {name: x.to("meta") for name, x in found.items() if isinstance(x, Tensor)}
+    return replace(plan, **tensors)  # type: ignore[type-var]
+
+
+def compile_ahead(device: torch.device, key: Hashable, rehearse: Callable[[], object]) -> None:
+    """Compile the launches of a call in threads, where they are not, once for every key.
+
+    Args:
+        device: where the call will run; on other than CUDA devices nothing is done.
+        key: what decides which kernels are launched, and for which types.
+        rehearse: makes the call on tensors of the meta device. Its launches are only named.
+
+    What cannot be compiled says so when it is launched.
+    """
+    if device.type != "cuda" or (device, key) in _rehearsed:
+        return
+    _rehearsed.add((device, key))
+    _rehearsal.named = {}
+    try:
+        rehearse()
+        launches = list(_rehearsal.named.values())
+    finally:
+        _rehearsal.named = None
+
+    def build(kernel: Any, args: tuple[Any, ...], constants: dict[str, Any]) -> None:
+        with torch.cuda.device(device):
+            kernel.warmup(*args, grid=(1,), **constants)
+
+    with ThreadPoolExecutor(min(len(launches), os.cpu_count() or 1)) as pool:
+        for work in [pool.submit(build, *launch) for launch in launches]:
+            work.exception()  # waits

@@ -6,7 +6,7 @@ differentiable operator in triton_scalar_op.py. Two launches forward and three b
 each with segments and one more where the decay wants a gradient. The walks over segments are those
 of the key gate (triton_walks.py).
 
-Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, q^, k^, A and dA rounded
+Precision, as for the key gate. bf16 inputs: products in bf16 with fp32 sums, q^, k^, A, dA rounded
 to bf16, states stored in bf16 once in 128 rows; the running state and its gradient stay fp32.
 fp32 and fp16 inputs: operands in fp32, products in three tf32 passes.
 

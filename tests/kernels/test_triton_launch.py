@@ -1,5 +1,9 @@
 """The launcher: what Triton is asked once, and what decides whether it is asked again."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -97,3 +101,76 @@ def test_tensors_are_moved_only_where_they_must():
     assert torch.equal(moved, odd)
     assert packed.is_contiguous()
     assert torch.equal(packed, wide)
+
+
+AHEAD = """
+import contextlib, importlib, sys
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+class Driver:  # of a device that compiles and is never launched on
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Driver())
+torch.cuda.device = lambda device: contextlib.nullcontext()
+compiled = []
+compile = JITFunction._do_compile
+def counted(self, *args, **options):
+    compiled.append(self.__name__)
+    return compile(self, *args, **options)
+JITFunction._do_compile = counted
+
+from glactl.kernels import triton_gla, triton_gsa, triton_launch, triton_scalar
+new = lambda *last: torch.empty(1, 2**13, 1, *last, dtype=torch.bfloat16)
+q, k, v = new(64), new(64), new(64)
+def gla(p, s0=None):
+    o, final, states, parts = triton_gla.forward(p, s0, False, True)
+    triton_gla.backward(p, o, None, states, parts, False)
+def scalar(p, s0=None):
+    o, final, states, parts = triton_scalar.forward(p, s0, False, True)
+    triton_scalar.backward(p, o, None, states, parts, True, False)
+def gsa(p, s0=None):
+    o, final, kept = triton_gsa.forward(p, s0, False, True)
+    triton_gsa.backward(p, o, None, kept, False)
+calls = {
+    "gla": lambda: (gla, triton_gla.plan(q, k, v, new(64), 1.0, None)),
+    "scalar": lambda: (scalar, triton_scalar.plan(q, k, v, new(), 1.0, None)),
+    "gsa": lambda: (gsa, triton_gsa.plan(q, k, v, None, new(64), 1.0, 64, None)),
+}
+run, p = calls[sys.argv[1]]()
+assert p.layout.split  # all launches are among those tried
+for _ in range(2):
+    triton_launch.compile_ahead(
+        torch.device("cuda", 0), "once", lambda: run(triton_launch.on_meta(p)))
+before = len(compiled)
+launched = []
+def warm(number, kernel, programs, *args, **constants):
+    launched.append(kernel.__name__)
+    kernel.warmup(*args, grid=(programs,), **constants)
+for name in ("gla", "walks", "scalar", "gsa", "segments"):
+    vars(importlib.import_module(f"glactl.kernels.triton_{name}"))["launch"] = warm
+run(p)
+print(before, len(compiled), len(launched))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["gla", "scalar", "gsa"])
+def test_a_rehearsal_compiles_all_that_a_call_launches(engine, tmp_path):
+    env = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, "-c", AHEAD, engine],
+        env=env | {"TRITON_CACHE_DIR": str(tmp_path)}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    ahead, in_all, launched = map(int, run.stdout.split())
+    assert ahead == in_all > 0
+    assert launched >= 9
+
+
+def test_nothing_is_compiled_ahead_on_a_cpu():
+    triton_launch.compile_ahead(CPU, "key", lambda: pytest.fail("rehearsed"))
