@@ -1,8 +1,11 @@
 """Where a command computes."""
 
 import os
+from typing import Literal
 
 import torch
+
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 class DeviceUnavailable(OSError):
@@ -33,3 +36,16 @@ def pick_device(name: str | None = None) -> torch.device:
         have = f"{count} CUDA device(s)" if count else "no CUDA device"
         raise DeviceUnavailable(f"device {name!r} is not here: {have}; --device cpu always works")
     return torch.device(kind, int(index or 0))
+
+
+def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:
+    """The type of products that "auto" stands for on a device: bf16 on a GPU that has it."""
+    if wanted != "auto":
+        return wanted
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def products(device: torch.device, wanted: Precision) -> torch.autocast:
+    """Within, products are of this precision; all else is as wide as its weights."""
+    enabled = precision_on(device, wanted) == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)

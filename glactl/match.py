@@ -54,6 +54,7 @@ class Pair(nn.Module):
             target: Tensor = self.teacher(x, None, cu_seqlens, longest)[0]
         with torch.enable_grad():
             y = self.student(x.detach(), None, cu_seqlens, longest)[0]
+            y, target = y.to(x.dtype), target.to(x.dtype)  # products may be narrower
             size = target.square().sum().clamp(min=torch.finfo(target.dtype).tiny)
             self.distance = (y - target).square().sum() / size
         self.gain = (size / y.detach().square().sum()).sqrt()

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from glactl import console
-from glactl.device import pick_device
+from glactl.device import pick_device, precision_on
 from glactl.init import agree, fill
 from glactl.measure import rates
 from glactl.original import find_original
@@ -59,7 +59,9 @@ def train_command(
     task = load_task(spec.data, spec.seed, None if run is None else _kept_tokenizer(run))
     if run is None:
         run = Run.create(spec, text, out)
-    console.note(f"run {run.path} on {where}; data {task.fingerprint[:12]}; Ctrl-C saves and stops")
+    digits = precision_on(where, spec.train.precision)
+    begun = f"run {run.path} on {where} in {digits}; data {task.fingerprint[:12]}"
+    console.note(f"{begun}; Ctrl-C saves and stops")
     if json:
         console.result({"event": "run", "path": str(run.path), "fingerprint": task.fingerprint})
     last = None

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
 
+from glactl.device import Precision
 from glactl.models.lm import LMSpec
 from glactl.models.spec import Spec
 from glactl.spec_errors import explain
@@ -50,7 +51,11 @@ class OptimSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """How long, in what portions, and how often to look and to save; all in optimizer steps."""
+    """How long, in what portions, and how often to look and to save; all in optimizer steps.
+
+    precision is that of products: auto is bf16 on a GPU that has it, fp32 elsewhere. Weights, their
+    gradients and moments, the residual, norms, gates and states are fp32 in either.
+    """
 
     steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=1)  # rows a step
@@ -59,6 +64,7 @@ class TrainSpec(Spec):
     save_every: int = Field(250, ge=1)
     keep_last: int = Field(2, ge=1)  # checkpoints
     log_every: int = Field(1, ge=1)
+    precision: Precision = "auto"
     stop_accuracy: float | None = Field(None, gt=0, le=1)  # end once validation accuracy passes it
 
     @model_validator(mode="after")

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from glactl.device import products
 from glactl.init import agree
 from glactl.match import distance, teachers
 from glactl.models.layers import to_device
@@ -59,8 +60,9 @@ def stage_at(
     if match is None or step >= begun:
 
         def loss(batch: Batch, targets: int, parts: int) -> Tensor:
-            hidden, wanted = read(lm, batch, device)
-            return token_losses(lm, hidden, wanted).sum() / max(targets, 1)
+            with products(device, spec.train.precision):
+                hidden, wanted = read(lm, batch, device)
+                return token_losses(lm, hidden, wanted).sum() / max(targets, 1)
 
         optimizer = make_optimizer(lm, spec.optim)
         return Stage("train", begun, spec.steps, spec.optim, lm, optimizer, loss)
@@ -73,7 +75,8 @@ def stage_at(
 
     def gap(batch: Batch, targets: int, parts: int) -> Tensor:
         tokens, _, bounds = packed(batch)
-        return distance(lm, attention, to_device(tokens, device), bounds) / parts
+        with products(device, spec.train.precision):
+            return distance(lm, attention, to_device(tokens, device), bounds) / parts
 
     return Stage("match", 0, begun, optim, mixers, make_optimizer(mixers, optim), gap)
 

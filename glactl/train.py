@@ -24,6 +24,7 @@ from types import FrameType
 
 import torch
 
+from glactl.device import Precision, products
 from glactl.models.lm import LM, build_lm, token_losses
 from glactl.optim import clip, learning_rate
 from glactl.run import Position, Run
@@ -174,7 +175,8 @@ def _steps(
         if at.done or at.step % plan.valid_every == 0:
             # the last one is waited for: nothing could be resumed to make up for it
             flag = None if at.done else stop
-            valid = validate(model, task, plan.batch_size // plan.accumulate, device, flag)
+            rows = plan.batch_size // plan.accumulate
+            valid = validate(model, task, rows, device, flag, plan.precision)
             if valid and plan.stop_accuracy and valid["accuracy"] > plan.stop_accuracy:
                 at = replace(at, done=True)
         path = None
@@ -215,7 +217,7 @@ def _begin(
     """Give `model` the weights to start with; step 0, whose record is left in the run."""
     rows = spec.train.batch_size // spec.train.accumulate
     start = source.begin(model, task.train_batch(0, rows))
-    valid = validate(model, task, rows, device)
+    valid = validate(model, task, rows, device, precision=spec.train.precision)
     assert valid is not None
     step = Step(0, spec.steps, 0, valid["loss"], 0.0, 0.0, 0.0, 0.0, valid=valid)
     if run is not None:
@@ -256,7 +258,12 @@ def _gradient(
 
 @torch.no_grad()
 def validate(
-    model: LM, task: Task, batch_size: int, device: torch.device, stop: "_StopFlag | None" = None
+    model: LM,
+    task: Task,
+    batch_size: int,
+    device: torch.device,
+    stop: "_StopFlag | None" = None,
+    precision: Precision = "fp32",
 ) -> dict[str, float] | None:
     """The model on the whole validation split.
 
@@ -270,8 +277,9 @@ def validate(
     for batch in task.valid_batches(batch_size):
         if stop is not None and stop.wanted:
             return None
-        hidden, targets = read(model, batch, device)
-        losses, right = token_losses(model, hidden, targets, correct=True)
+        with products(device, precision):
+            hidden, targets = read(model, batch, device)
+            losses, right = token_losses(model, hidden, targets, correct=True)
         loss += losses.double().sum().item()
         correct += int(right.sum())
         count += len(losses)

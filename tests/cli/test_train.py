@@ -60,6 +60,19 @@ def test_it_learns(tiny_data, toy):
     assert steps[-1].tokens == 60 * 4 * 12
 
 
+def test_bf16_rounds_products_and_keeps_weights_wide(tiny_data, make_toy, tmp_path):
+    ends = {}
+    for precision in ("fp32", "bf16", "auto"):
+        tiny_data["train"] |= {"precision": precision, "steps": 4, "save_every": 4}
+        spec = RunSpec.model_validate(tiny_data)
+        run = run_in(tmp_path / precision, spec)
+        ends[precision] = list(train(spec, device="cpu", task=make_toy(), run=run))[-1]
+        assert {x.dtype for x in weights(run, make_toy()).values()} == {torch.float32}
+    assert ends["auto"].valid == ends["fp32"].valid  # of a CPU
+    assert ends["bf16"].loss != ends["fp32"].loss
+    assert ends["bf16"].loss == pytest.approx(ends["fp32"].loss, rel=4 * 2**-8)
+
+
 def test_accumulation_changes_no_number(tiny_data, make_toy):
     """The mean is over all targets of a step, so cutting a batch moves rounding only."""
     tiny_data["model"]["dropout"] = 0.0
