@@ -85,7 +85,7 @@ def scan(
     Sums are fp32 (fp64) whatever the inputs and whatever autocast says. Gradients are of first
     order. "chunked" with cu_seqlens on a GPU reads them on the host, and waits for the device.
     Source: arXiv:2312.00752; `scan_reference` in this file is the definition.
-    Cost: O(B T D M) time; for the backward, the state of every 16th row.
+    Cost: O(B T D M) time; for the backward, the state of every 16th row (fp32: every 8th).
     """
     N = _check(u, dt, A, B, C, D, z, dt_bias, initial_state, cu_seqlens)
     picked = pick_backend(u.device, backend)

@@ -12,11 +12,23 @@ ms forward, 0.31 and 0.29 backward, so 0.60 in all. Beyond these the states of e
 134 MB (0.04 each way), and the shares of dB and dC 268 MB at 32 channels a program (0.09 each way).
 Cut sequences take the exponentials a second time, each way: a floor of 1.16 ms.
 
-Predicted, not measured: a warp's instructions for one row of its 32 channels and 16 entries, whose
-exp2 alone take 128 clocks of a quarter of a multiprocessor: 204 forward, 590 backward by "dot"
-and 780 by "lanes" (sm_90, triton 3.7.1). At one a clock that is 0.46 ms, and 1.3 and 1.8. All have
-255 registers; `outputs` spills 192 bytes, `gradients` 528 ("lanes, 2 channels": 284), for what is
-kept over its loop.
+Counted in the machine code (sm_90, triton 3.7.1), a warp's instructions for a row of its 32
+channels of 16 entries and, in brackets, for a channel, entry and token:
+
+    kernel           "16 rows"       "8 rows"        "lanes", fp32      predicted, ms
+    outputs          142 (8.9)       146 (9.1)       139 (8.7)          0.36, 0.36, 0.36
+    gradients        465 (29.1)      484 (30.3)      726 (45.4)         1.05, 1.10, 1.64
+    local_states     102 (6.4) and, backwards, 111 (7.0)                0.33 and 0.36
+
+Predicted, not measured: at one instruction a clock of each of 528 schedulers, 1.755e9 clocks a
+second, or, where that is longer, eight clocks for each of exp2 and 1/x: 20 a row in `outputs`, with
+the softplus and the gate. Of the 29 of `gradients`, 13 are (1) to (5) and one the exp2; 8 are sums
+over channels, copies and reads of an entry, 7 the rows' softplus, gates, reads and writes. No loop
+over rows in `outputs` and none over entries in `gradients` spills; round the latter "16 rows" keeps
+460 bytes. A warp a program and at most 255 registers: 8 fit a multiprocessor, 1,024 programs
+are one wave, two warps a scheduler. What they wait for is on its way early: a block's rows all at
+once, an entry's numbers an entry ahead, B and C of `outputs` some 130 instructions ahead. At two
+thirds of the rate 0.55 and 1.6 ms, 2.3 with `gather`.
 
 Precision: everything is fp32 in registers; states are kept in bf16 for bf16 inputs, else in fp32.
 """
@@ -41,9 +53,9 @@ class Design:
 
     Attributes:
         rows: BT, the rows of a block, all of a thread; a divisor of 128.
-        forward, back: channels of a program and its warps, 32 channels a warp or a multiple.
-        sum: how sums over channels are taken, see triton_scan_backward.py; "dot" wants 16 rows or
-            more and at most 16 entries.
+        forward, back: channels of a program and its warps, 32 channels a warp.
+        sum: how sums over channels are taken, see triton_scan_backward.py; "dot" wants 8 rows and
+            16 channels or more.
         programs: programs wanted; where sequences times tiles give fewer, sequences are cut.
     """
 
@@ -55,17 +67,15 @@ class Design:
 
 
 DESIGNS = {
-    "dot": Design(16, (32, 1), (32, 1), "dot"),
-    "dot, 4 warps": Design(16, (32, 1), (128, 4), "dot"),
-    "lanes": Design(16, (32, 1), (32, 1), "lanes"),
-    "lanes, 2 channels": Design(8, (32, 1), (64, 1), "lanes"),
-    "lanes, 4 warps": Design(16, (128, 4), (128, 4), "lanes"),
+    "16 rows": Design(16, (32, 1), (32, 1), "dot"),
+    "8 rows": Design(8, (32, 1), (32, 1), "dot"),
+    "lanes": Design(8, (32, 1), (32, 1), "lanes"),
 }
 
 
 def design(M: int, dtype: torch.dtype) -> Design:
-    """The rule."""
-    return DESIGNS["dot" if M <= 16 and dtype == torch.bfloat16 else "lanes"]
+    """The rule: a product's operands have tf32's digits, enough for 16-bit inputs."""
+    return DESIGNS["lanes" if dtype == torch.float32 else "16 rows"]
 
 
 @dataclass(frozen=True)
@@ -119,12 +129,12 @@ def _grid(p: Plan, wide: int) -> tuple[int]:
     return (len(p.layout.segments) * triton.cdiv(p.u.shape[2], wide),)
 
 
-def _columns(p: Plan, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
-    """B and C as the kernels read them, (blocks, M, rows)."""
-    size = (p.blocks, len(p.rates), p.design.rows)
+def _tiles(p: Plan, B: Tensor, C: Tensor, columns: bool) -> tuple[Tensor, Tensor]:
+    """B and C as the kernels read them, (blocks, rows, MP) or, columns, (blocks, MP, rows)."""
+    size = (p.blocks, p.sizes["MP"], p.design.rows)
     b, c = (torch.empty(size, device=B.device, dtype=torch.float32) for _ in range(2))
     forward_kernels.tiles[(p.blocks,)](
-        B, C, p.layout.blocks, b, c, BT=p.design.rows, num_warps=1, **p.sizes
+        B, C, p.layout.blocks, b, c, BT=p.design.rows, COLUMNS=columns, num_warps=1, **p.sizes
     )
     return b, c
 
@@ -138,7 +148,7 @@ def _starts(p: Plan, dy: Tensor | None, w: Tensor, initial: Tensor | None) -> Te
     wide, warps = p.design.forward
     forward_kernels.local_states[_grid(p, wide)](
         p.u, p.dt, dy, p.z if back else None, p.bias, p.rates, w, p.layout.segments, local, total,
-        width, BT=p.design.rows, BD=wide, REVERSE=back, num_warps=warps,
+        width, W=width, BT=p.design.rows, BD=wide, REVERSE=back, num_warps=warps,
         num_stages=1, **p.sizes,
     )  # fmt: skip
     forward_kernels.carry[(len(p.layout.bounds) * triton.cdiv(width, 32),)](
@@ -165,12 +175,12 @@ def forward(
             final.copy_(initial)
     if want_states:
         states = torch.empty(p.blocks, M, width, device=y.device, dtype=kept)
-    b, c = _columns(p, B, C)
+    b, c = _tiles(p, B, C, columns=False)
     start = _starts(p, None, b, initial) if p.layout.split else initial
     wide, warps = p.design.forward
     forward_kernels.outputs[_grid(p, wide)](
         p.u, p.dt, p.z, p.bias, p.rates, p.D, b, c, p.layout.segments, start, y, states, final,
-        width, BT=p.design.rows, BD=wide, CUT=p.layout.split, num_warps=warps,
+        width, W=width, BT=p.design.rows, BD=wide, CUT=p.layout.split, num_warps=warps,
         num_stages=1, **p.sizes,
     )  # fmt: skip
     return y, final, states
@@ -184,14 +194,16 @@ def backward(
     initial state (N, M, D) or None; dfinal (N, M, D), fp32, or None."""
     M, width = p.rates.shape
     n, device = len(p.layout.segments), dy.device
-    b, c = _columns(p, B, C)
-    start = _starts(p, dy, c, dfinal) if p.layout.split else dfinal
+    b, c = _tiles(p, B, C, columns=True)
+    start = dfinal
+    if p.layout.split:
+        start = _starts(p, dy, _tiles(p, B, C, columns=False)[1], dfinal)
     wide, warps = p.design.back
     tiles = triton.cdiv(width, wide)
     new = lambda *size: torch.empty(*size, device=device, dtype=torch.float32)  # noqa: E731
     du, ddt = torch.empty_like(p.u), torch.empty_like(p.dt)
     dz = du if p.z is None else torch.empty_like(p.z)
-    shares = [new(tiles, p.blocks, M, p.design.rows) for _ in range(2)]
+    shares = new(tiles, p.blocks, 2, M, p.design.rows)
     dA, dD, dbias = new(n, M, width), new(n, width), new(n, width)
     dinitial = None
     if want_initial:
@@ -200,12 +212,12 @@ def backward(
             dinitial.copy_(dfinal)
     backward_kernels.gradients[_grid(p, wide)](
         p.u, p.dt, p.z, p.bias, p.rates, p.D, b, c, dy, p.layout.segments, start, states,
-        du, ddt, dz, *shares, torch.empty_like(dA), dA, dD, dbias, dinitial, p.blocks, width,
-        BT=p.design.rows, BD=wide, CUT=p.layout.split, SUM=p.design.sum, num_warps=warps,
+        du, ddt, dz, shares, torch.empty_like(dA), dA, dD, dbias, dinitial, p.blocks, width,
+        W=width, BT=p.design.rows, BD=wide, CUT=p.layout.split, SUM=p.design.sum, num_warps=warps,
         num_stages=1, **p.sizes,
     )  # fmt: skip
     dB, dC = torch.empty_like(B), torch.empty_like(C)
     backward_kernels.gather[(p.blocks,)](
-        *shares, p.layout.blocks, dB, dC, p.blocks, tiles, BT=p.design.rows, num_warps=4, **p.sizes
+        shares, p.layout.blocks, dB, dC, p.blocks, tiles, BT=p.design.rows, num_warps=4, **p.sizes
     )
     return du, ddt, dz, dA.sum(0), dB, dC, dD.sum(0), dbias.sum(0), dinitial

@@ -10,13 +10,15 @@ q_{BT+1} that the rows after it have for its last state; p = dy silu(z), letters
     du = d s + D p     ddt = (u s + r) sigmoid(dt + bias)     dz = dy (bracket) silu'(z)     (5)
 
 Both recurrences are scans along a thread's own rows, and exp(d A) is taken once for both. k_t has a
-place of its own in (1): as h_t - d_t u_t B_t it would lose its digits where a_t is small.
+place of its own in (1): as h_t - d_t u_t B_t it would lose its digits where a_t is small. Entries
+are the outer loop and rows the inner one, so that no state of a row outlives its entry; what an
+entry starts from is fetched while the one before is worked on.
 
 (4) are sums over channels, which are spread over threads and programs. Of its BD channels a program
 writes one sum each into `shares`, which `gather` adds up: repeated runs are bit-equal. Within the
 program the sum is taken as SUM says: "lanes" by exchange between threads, 5 steps for each row and
-entry; or "dot", the product of the (BT, BD) tile with a matrix whose n-th column is 1 and which
-gathers all entries in one accumulator, operands rounded to bf16 or, in fp32, in three tf32 passes.
+entry; or "dot", the product of both tiles (2 BT, BD) with ones, whose column n is kept. Its
+operands go to the tensor cores as they are, cut to the 10 bits of tf32, in fp32 in three passes.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -25,7 +27,7 @@ gathers all entries in one accumulator, operands rounded to bf16 or, in fp32, in
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_scan_forward import read_out, row, steps, walk_rows
+from glactl.kernels.triton_scan_forward import of_channels, read, read_out, row, steps, walk_rows
 from glactl.kernels.triton_segments import this_walk
 
 
@@ -48,21 +50,32 @@ def backwards(a, g0, q, i, BT: tl.constexpr):
 
 
 @triton.jit
+def entry(states, A, later, dA, b, c, n, inside, W: tl.constexpr, BT: tl.constexpr):
+    """Of entry n of a block: h_0, the rate, q behind the block, dA up to it, B and C; the first
+    four from where entry 0 has its channels."""
+    h = tl.load(states + n * W, mask=inside, other=0.0).to(tl.float32)
+    rate = tl.load(A + n * W, mask=inside, other=0.0)
+    q = tl.load(later + n * W, mask=inside, other=0.0)
+    sum_A = tl.load(dA + n * W, mask=inside, other=0.0)
+    at = n * BT + tl.arange(0, BT)
+    return h, rate, q, sum_A, tl.load(b + at), tl.load(c + at)
+
+
+@triton.jit(do_not_specialize=["D"])
 def gradients(
     u, dt, z, bias, A, D_, b, c, dy, segments, start, states,
-    du, ddt, dz, db, dc, later, dA, dD, dbias, dstart, all_blocks,
-    D,
-    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CUT: tl.constexpr,
-    SUM: tl.constexpr,
+    du, ddt, dz, shares, later, dA, dD, dbias, dstart, all_blocks, D,
+    W: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    CUT: tl.constexpr, SUM: tl.constexpr,
 ):  # fmt: skip
     """(1) to (5) of one segment and BD channels, from its last block to its first.
 
     states (blocks, M, D): h_0 of every block. start: q behind the segments if CUT, else behind the
-    sequences, or None for zero. db, dc: shares (tiles, blocks, M, BT); dA (segments, M, D), dD and
-    dbias (segments, D): sums over the segment's rows. later (segments, M, D): a place for q and, as
-    dA is, read and written once a block: kept in registers, what all entries have would spill, and
-    code for each entry of its own takes minutes to compile. dstart (N, M, D) or None: q_1 of the
-    sequences. Grid segments * cdiv(D, BD).
+    sequences, or None for zero. shares (tiles, blocks, 2, M, BT): of dB and dC; dA (segments, M,
+    D), dD and dbias (segments, D): sums over the segment's rows. later (segments, M, D): a place
+    for q and, as dA is, read and written once a block: kept in registers, what all entries have
+    would spill, and code for each entry of its own takes minutes to compile. dstart (N, M, D) or
+    None: q_1 of the sequences. Grid segments * cdiv(D, BD).
     """
     NT = tl.cdiv(D, BD)
     seg, seq, _head, tile, block0, chunks, row0, row_end, ends = this_walk(segments, 1, NT, True)
@@ -76,69 +89,70 @@ def gradients(
         behind += tl.load(start + (seg if CUT else seq) * M * D + at_h, mask=inside, other=0.0)
     tl.store(later + seg * M * D + at_h, behind, mask=inside)
     tl.debug_barrier()
+    shift, skip = of_channels(bias, ch, D), of_channels(D_, ch, D)
     dD_sum, dbias_sum = tl.zeros((BD,), tl.float32), tl.zeros((BD,), tl.float32)
     count = walk_rows(chunks, row0, row_end, BT)
-    ones: tl.constexpr = tl.float32 if u.dtype.element_ty == tl.float32 else tl.bfloat16
-    entry = tl.arange(0, 16)[None, :]
+    digits: tl.constexpr = "tf32x3" if u.dtype.element_ty == tl.float32 else "tf32"
+    N: tl.constexpr = MP if MP > 16 else 16
+    column = tl.arange(0, N)[None, :]
+    ones = tl.full((BD, N), 1.0, tl.float32)
+    in_D = ch < D
+    A_0, later_0, dA_0 = A + ch, later + seg * M * D + ch, dA + seg * M * D + ch
     for k in range(count):
         t = count - 1 - k
         first, block = row0 + t * BT, block0 * (128 // BT) + t
-        live = (i < row_end - first) & (ch < D)[None, :]
-        at = (first + i) * D + ch[None, :]
-        d, slope = steps(dt, bias, at, ch, live, D)
-        U = tl.load(u + at, mask=live, other=0.0).to(tl.float32)
-        dout = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
-        Y = tl.zeros((BT, BD), tl.float32)
-        _, gate, _ = read_out(None, z, U, Y, at, ch, live, D)
-        p, v = dout * gate, d * U
+        live = (i < row_end - first) & in_D[None, :]
+        whole = (first + BT <= row_end) & (tile * BD + BD <= D)
+        at = first * D + (i * W + ch[None, :])
+        x, U = read(dt, at, live, whole), read(u, at, live, whole)
+        dout = read(dy, at, live, whole)
+        gates = read(z, at, live, whole) if z is not None else None
+        d, slope = steps(x, shift, live)
+        U, dout = U.to(tl.float32), dout.to(tl.float32)
+        Y, gate, bend = read_out(skip, gates, U, tl.zeros((BT, BD), tl.float32))
+        p, v, bend = dout * gate, d * U, dout * bend
         s, r = tl.zeros((BT, BD), tl.float32), tl.zeros((BT, BD), tl.float32)
-        column = block * M * BT + tl.arange(0, BT)
-        share = (tile * all_blocks + block) * M * BT
-        if SUM == "dot":
-            dB = tl.zeros((BT, 16), tl.float32)
-            dC = tl.zeros((BT, 16), tl.float32)
-        for n in range(M):
-            at_n = (seg * M + n) * D + ch
-            h = tl.load(states + (block * M + n) * D + ch, mask=ch < D, other=0.0).to(tl.float32)
-            rate = tl.load(A + n * D + ch, mask=ch < D, other=0.0)[None, :]  # times log2 e
-            Q = tl.load(later + at_n, mask=ch < D, other=0.0)
-            sum_A = tl.load(dA + at_n, mask=ch < D, other=0.0)
-            Bn = tl.load(b + column + n * BT)[:, None]
-            Cn = tl.load(c + column + n * BT)[:, None]
-            a = tl.exp2(d * rate)
+        states_0 = states + block * M * D + ch
+        b_0, c_0 = b + block * MP * BT, c + block * MP * BT
+        share = shares + (tile * all_blocks + block) * (2 * M * BT)
+        sums = tl.zeros((2 * BT, N), tl.float32)
+        h, rate, q, sum_A, Bn, Cn = entry(states_0, A_0, later_0, dA_0, b_0, c_0, 0, in_D, W, BT)
+        for n in tl.range(M, loop_unroll_factor=2):
+            # fetched an entry ahead: else every entry waits for memory
+            h_next, rate_next, q_next, sum_next, B_next, C_next = entry(
+                states_0, A_0, later_0, dA_0, b_0, c_0, tl.minimum(n + 1, M - 1), in_D, W, BT
+            )
+            a = tl.exp2(d * rate[None, :])
             k0 = tl.where(i == 0, a * h[None, :], 0.0)
-            _, hs, ks = tl.associative_scan((a, k0 + v * Bn, k0), 0, follow_both)  # (1)
-            g, Q = backwards(a, p * Cn, Q, i, BT)  # (2)
-            Y += Cn * hs
-            s += Bn * g
+            _, hs, ks = tl.associative_scan((a, k0 + v * Bn[:, None], k0), 0, follow_both)  # (1)
+            g, q = backwards(a, p * Cn[:, None], q, i, BT)  # (2)
+            Y += Cn[:, None] * hs
+            s += Bn[:, None] * g
             w = g * ks
-            r += rate * w
-            tl.store(later + at_n, Q, mask=ch < D)
-            tl.store(dA + at_n, sum_A + tl.sum(d * w, 0), mask=ch < D)  # (3)
+            r += rate[None, :] * w
+            tl.store(later_0 + n * W, q, mask=in_D)
+            tl.store(dA_0 + n * W, sum_A + tl.sum(d * w, 0), mask=in_D)  # (3)
             if SUM == "dot":
-                column_n = ((entry == n) & (tl.arange(0, BD)[:, None] >= 0)).to(ones)
-                dB = tl.dot((g * v).to(ones), column_n, dB, input_precision="tf32x3")
-                dC = tl.dot((p * hs).to(ones), column_n, dC, input_precision="tf32x3")
+                both = tl.join(g * v, p * hs).permute(2, 0, 1).reshape(2 * BT, BD)
+                found = tl.dot(both, ones, input_precision=digits)
+                sums = tl.where(column == n, found, sums)  # (4)
             else:
-                tl.store(db + share + n * BT + tl.arange(0, BT), tl.sum(g * v, 1))
-                tl.store(dc + share + n * BT + tl.arange(0, BT), tl.sum(p * hs, 1))  # (4)
+                to = share + n * BT + tl.arange(0, BT)
+                tl.store(to, tl.sum(g * v, 1))
+                tl.store(to + M * BT, tl.sum(p * hs, 1))  # (4)
+            h, rate, q, sum_A, Bn, Cn = h_next, rate_next, q_next, sum_next, B_next, C_next
         tl.debug_barrier()  # what was stored is read again, by whichever thread
         if SUM == "dot":
-            to = share + entry * BT + i
-            tl.store(db + to, dB, mask=entry < M)
-            tl.store(dc + to, dC, mask=entry < M)
-        r *= 0.6931471805599453  # rates are times log2 e
-        full, _, bend = read_out(D_, z, U, Y, at, ch, live, D)
-        ddt_ = (U * s + r) * slope
-        dU = d * s
-        if D_ is not None:
-            dU += tl.load(D_ + ch, mask=ch < D, other=0.0).to(tl.float32)[None, :] * p
-            dD_sum += tl.sum(p * U, 0)
-        dbias_sum += tl.sum(tl.where(live, ddt_, 0.0), 0)
-        tl.store(du + at, dU, mask=live)
+            j = tl.arange(0, 2 * BT)[:, None]  # first BT rows of dB, then of dC
+            to = share + (j // BT * M + column) * BT + j % BT
+            tl.store(to, sums, mask=column < M)
+        ddt_ = tl.where(live, (U * s + r * 0.6931471805599453) * slope, 0.0)  # rates: times log2 e
+        dbias_sum += tl.sum(ddt_, 0)
+        dD_sum += tl.sum(p * U, 0)
+        tl.store(du + at, d * s + skip[None, :] * p, mask=live)
         tl.store(ddt + at, ddt_, mask=live)
         if z is not None:
-            tl.store(dz + at, dout * full * bend, mask=live)  # (5)
+            tl.store(dz + at, Y * bend, mask=live)  # (5)
     tl.store(dD + seg * D + ch, dD_sum, mask=ch < D)
     tl.store(dbias + seg * D + ch, dbias_sum, mask=ch < D)
     if dstart is not None and ends and chunks > 0:
@@ -148,7 +162,7 @@ def gradients(
 
 @triton.jit
 def gather(
-    db, dc, blocks, out_b, out_c, count, tiles,
+    shares, blocks, out_b, out_c, count, tiles,
     M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """(4): the shares of all tiles of one block of BT rows, in order; grid count = all blocks."""
@@ -159,12 +173,13 @@ def gather(
     if rows <= 0:
         return
     n, i = tl.arange(0, MP)[:, None], tl.arange(0, BT)[None, :]
-    at = (pid * M + n) * BT + i
+    at = pid * 2 * M * BT + n * BT + i
     B = tl.zeros((MP, BT), tl.float32)
     C = tl.zeros((MP, BT), tl.float32)
     for tile in tl.range(tiles, num_stages=4):
-        B += tl.load(db + tile * count * M * BT + at, mask=n < M, other=0.0)
-        C += tl.load(dc + tile * count * M * BT + at, mask=n < M, other=0.0)
+        share = shares + tile * count * (2 * M * BT) + at
+        B += tl.load(share, mask=n < M, other=0.0)
+        C += tl.load(share + M * BT, mask=n < M, other=0.0)
     to = (first + i) * M + n
     live = (i < rows) & (n < M)
     tl.store(out_b + to, B, mask=live)

@@ -6,13 +6,20 @@ stands for exp(d_t A) and x_t for d_t u_t B_t:
     h_t = a_t h_{t-1} + x_t            a scan along time                                     (1)
     y_t = (sum_n C_t h_t + D u_t) silu(z_t)                                                  (2)
 
-A warp owns 32 channels or more, a thread all BT rows and all entries of its channels: the scan and
-the sum over n are then plain instructions, without exchange between threads. Entries are taken one
-after the other, each a (BT, BD) tile; exp(d A) is exp2 of d times A log2 e, which is handed in.
+A thread owns a channel: all BT rows of its inputs and all M entries of its state, in registers.
+Rows are taken one after the other, so the sum over n and the next state are plain instructions,
+without exchange between threads. exp(d A) is exp2 of d times A log2 e, which is handed in.
 
-B and C are wanted by all threads alike, one column for a tile; `tiles` writes them as columns once,
-(blocks of BT rows, M, BT) in fp32 and 0 behind the end of a sequence, so that a thread reads four
-numbers at once.
+That a thread owns a channel is the compiler's choice, made for the widest loads it can prove: where
+the number of channels D is known to be a multiple of 16, a thread reads 8 channels at once, the
+rows are spread over 8 threads, and every step along them is an exchange (in the first design 2,304
+of 7,760 instructions a block, in place of none of 2,678). So D is not specialised, and all
+addresses start from it; the constant W, the same number, only makes the way from row to row a
+constant.
+
+B and C are wanted by all threads alike; `tiles` writes them in fp32, 0 behind the end of a
+sequence, as a kernel reads them, four numbers at once: by rows (blocks of BT rows, BT, MP), or, for
+the gradients, whose outer loop is over entries, (blocks, MP, BT).
 
 Source: (1), (2) are equations (2), (3) of scan.py.
 """
@@ -39,7 +46,7 @@ def softplus(x):
 
     With e = e^-|x| and s = e / (2 + e), at most 1/3, log(1 + e) = 2 (s + s^3/3 + s^5/5 + ..).
     """
-    e = tl.exp(-tl.abs(x))
+    e = tl.exp2(-1.4426950408889634 * tl.abs(x))
     s = e / (2 + e)
     q = s * s
     tail = 1 / 3 + q * (1 / 5 + q * (1 / 7 + q * (1 / 9 + q * (1 / 11 + q * (1 / 13)))))
@@ -48,43 +55,57 @@ def softplus(x):
 
 
 @triton.jit
-def steps(dt, bias, at, ch, live, D):
-    """d of the rows `at` and its derivative; 0 where not live."""
-    x = tl.load(dt + at, mask=live, other=0.0).to(tl.float32)
-    if bias is not None:
-        x += tl.load(bias + ch, mask=ch < D, other=0.0).to(tl.float32)[None, :]
-    d, slope = softplus(x)
+def of_channels(x, ch, D):
+    """The numbers x (D,) of the channels ch; 0 where x is None."""
+    found = tl.zeros(ch.shape, tl.float32)
+    if x is not None:
+        found += tl.load(x + ch, mask=ch < D, other=0.0).to(tl.float32)
+    return found
+
+
+@triton.jit
+def read(x, at, live, whole):
+    """The numbers x + at, 0 where not live; whole: all are. Without masks all rows are on their way
+    at once; with them ptxas gives 16-bit numbers one register in turn, and waits for each."""
+    if whole:  # noqa: SIM108 (a branch: one block of code for each)
+        found = tl.load(x + at)
+    else:
+        found = tl.load(x + at, mask=live, other=0.0)
+    return found
+
+
+@triton.jit
+def steps(dt, shift, live):
+    """d of the rows dt and its derivative, shift the bias; 0 where not live."""
+    d, slope = softplus(dt.to(tl.float32) + shift[None, :])
     return tl.where(live, d, 0.0), slope
 
 
 @triton.jit
-def follow(a, x, b, y):
-    """Two stretches of (1) as one: the product of decays, and the state from zero."""
-    return a * b, b * x + y
-
-
-@triton.jit
-def tiles(b, c, blocks, b_out, c_out, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr):
-    """The columns of B and C for BT rows; grid blocks * 128 / BT."""
+def tiles(
+    b, c, blocks, b_out, c_out,
+    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """B and C for BT rows, by entries if COLUMNS, else by rows; grid blocks * 128 / BT."""
     pid = tl.program_id(0).to(tl.int64)
     part = pid % (128 // BT)
     first = tl.load(blocks + 2 * (pid // (128 // BT))) + part * BT
     rows = tl.load(blocks + 2 * (pid // (128 // BT)) + 1) - part * BT
     i, n = tl.arange(0, BT)[:, None], tl.arange(0, MP)[None, :]
     live = (i < rows) & (n < M)
-    at, to = (first + i) * M + n, (pid * M + n) * BT + i
-    tl.store(b_out + to, tl.load(b + at, mask=live, other=0.0).to(tl.float32), mask=n < M)
-    tl.store(c_out + to, tl.load(c + at, mask=live, other=0.0).to(tl.float32), mask=n < M)
+    at = (first + i) * M + n
+    to = pid * MP * BT + (n * BT + i if COLUMNS else i * MP + n)
+    tl.store(b_out + to, tl.load(b + at, mask=live, other=0.0).to(tl.float32))
+    tl.store(c_out + to, tl.load(c + at, mask=live, other=0.0).to(tl.float32))
 
 
 @triton.jit
-def read_out(D_, z, u, y, at, ch, live, D):
+def read_out(skip, z, u, y):
     """The bracket of (2) of the sums y, and silu(z) with its derivative (1 and 0 without z)."""
-    if D_ is not None:
-        y += tl.load(D_ + ch, mask=ch < D, other=0.0).to(tl.float32)[None, :] * u
+    y += skip[None, :] * u
     if z is not None:
-        x = tl.load(z + at, mask=live, other=0.0).to(tl.float32)
-        s = 1 / (1 + tl.exp(-x))
+        x = z.to(tl.float32)
+        s = 1 / (1 + tl.exp2(-1.4426950408889634 * x))
         gate, slope = x * s, s * (1 + x * (1 - s))
     else:
         gate, slope = tl.full(y.shape, 1.0, tl.float32), tl.zeros(y.shape, tl.float32)
@@ -98,10 +119,11 @@ def walk_rows(chunks, row0, row_end, BT: tl.constexpr):
     return ((rows + BT - 1) // BT).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D"])
 def local_states(
     u, dt, dy, z, bias, A, w, segments, local, total, D,
-    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    REVERSE: tl.constexpr,
 ):  # fmt: skip
     """A segment's state from zero, w = B; or, if REVERSE, its gradient from zero, exp(d A) g of
     the first row, with w = C.
@@ -115,10 +137,12 @@ def local_states(
     )
     if (chunks == 0) | ends:
         return
-    i, nn = tl.arange(0, BT)[:, None], tl.arange(0, MP)[:, None]
+    i, nn = tl.arange(0, BT)[:, None], tl.arange(0, MP)
     ch = tile * BD + tl.arange(0, BD)
-    inside = (nn < M) & (ch < D)[None, :]
-    rates = tl.load(A + nn * D + ch[None, :], mask=inside, other=0.0)
+    inside = (nn < M)[:, None] & (ch < D)[None, :]
+    at_h = nn[:, None] * D + ch[None, :]
+    rates = tl.load(A + at_h, mask=inside, other=0.0)
+    shift = of_channels(bias, ch, D)
     H = tl.zeros((MP, BD), tl.float32)
     sums = tl.zeros((BD,), tl.float32)
     count = walk_rows(chunks, row0, row_end, BT)
@@ -126,35 +150,30 @@ def local_states(
         t = (count - 1 - k) if REVERSE else k
         first = row0 + t * BT
         live = (i < row_end - first) & (ch < D)[None, :]
-        at = (first + i) * D + ch[None, :]
-        d, _ = steps(dt, bias, at, ch, live, D)
+        whole = (first + BT <= row_end) & (tile * BD + BD <= D)
+        at = first * D + (i * W + ch[None, :])
+        x = read(dt, at, live, whole)
+        v = read(dy if REVERSE else u, at, live, whole)
+        gates = read(z, at, live, whole) if z is not None else None
+        d, _ = steps(x, shift, live)
         sums += tl.sum(d, 0)
+        v = v.to(tl.float32)
         if REVERSE:
-            v = tl.load(dy + at, mask=live, other=0.0).to(tl.float32)
-            v, gate, _ = read_out(None, z, v, v, at, ch, live, D)
+            _, gate, _ = read_out(tl.zeros((BD,), tl.float32), gates, v, v)
             v *= gate
         else:
-            v = d * tl.load(u + at, mask=live, other=0.0).to(tl.float32)
-        column = w + (block0 * (128 // BT) + t) * M * BT + tl.arange(0, BT)
-        for n in tl.static_range(M):
-            if n % 4 == 0:
-                tl.debug_barrier()
-            a = tl.exp2(d * row(rates, nn, n)[None, :])
-            x = v * tl.load(column + n * BT)[:, None]
-            if REVERSE:
-                last = row(H, nn, n)
-                for j in tl.static_range(BT):  # see `backwards` of triton_scan_backward.py
-                    last = row(a, i, BT - 1 - j) * (row(x, i, BT - 1 - j) + last)
-            else:
-                x += tl.where(i == 0, a * row(H, nn, n)[None, :], 0.0)
-                _, hs = tl.associative_scan((a, x), 0, follow)
-                last = row(hs, i, BT - 1)
-            H = tl.where(nn == n, last[None, :], H)
-    tl.store(local + (seg * M + nn) * D + ch[None, :], H, mask=inside)
+            v *= d
+        rows = w + (block0 * (128 // BT) + t) * BT * MP + nn
+        for j in tl.static_range(BT):
+            at_j = (BT - 1 - j) if REVERSE else j
+            a = tl.exp2(row(d, i, at_j)[None, :] * rates)
+            write = row(v, i, at_j)[None, :] * tl.load(rows + at_j * MP)[:, None]
+            H = a * (write + H) if REVERSE else a * H + write
+    tl.store(local + seg * M * D + at_h, H, mask=inside)
     tl.store(total + seg * D + ch, sums, mask=ch < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D"])
 def carry(
     local, total, initial, A, bounds, start, D,
     M: tl.constexpr, MP: tl.constexpr, BD: tl.constexpr, REVERSE: tl.constexpr,
@@ -185,10 +204,11 @@ def carry(
     tl.store(start + seg * M * D + at, H, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["D"])
 def outputs(
     u, dt, z, bias, A, D_, b, c, segments, start, y, states, final, D,
-    M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, CUT: tl.constexpr,
+    W: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    CUT: tl.constexpr,
 ):  # fmt: skip
     """(2) of one segment and BD channels; the state before each block of BT rows into states
     (blocks, M, D), and the last one into final (N, M, D), where these are given.
@@ -201,34 +221,34 @@ def outputs(
     )
     if chunks == 0:
         return
-    i, nn = tl.arange(0, BT)[:, None], tl.arange(0, MP)[:, None]
+    i, nn = tl.arange(0, BT)[:, None], tl.arange(0, MP)
     ch = tile * BD + tl.arange(0, BD)
-    inside = (nn < M) & (ch < D)[None, :]
-    at_h = nn * D + ch[None, :]
+    inside = (nn < M)[:, None] & (ch < D)[None, :]
+    at_h = nn[:, None] * D + ch[None, :]
     rates = tl.load(A + at_h, mask=inside, other=0.0)
+    shift, skip = of_channels(bias, ch, D), of_channels(D_, ch, D)
     H = tl.zeros((MP, BD), tl.float32)
     if start is not None:
         H += tl.load(start + (seg if CUT else seq) * M * D + at_h, mask=inside, other=0.0)
     for t in range(walk_rows(chunks, row0, row_end, BT)):
         first, block = row0 + t * BT, block0 * (128 // BT) + t
         live = (i < row_end - first) & (ch < D)[None, :]
-        at = (first + i) * D + ch[None, :]
-        d, _ = steps(dt, bias, at, ch, live, D)
-        U = tl.load(u + at, mask=live, other=0.0).to(tl.float32)
+        whole = (first + BT <= row_end) & (tile * BD + BD <= D)
+        at = first * D + (i * W + ch[None, :])
+        x, U = read(dt, at, live, whole), read(u, at, live, whole)
+        gates = read(z, at, live, whole) if z is not None else None
+        d, _ = steps(x, shift, live)
+        U = U.to(tl.float32)
         if states is not None:
             tl.store(states + block * M * D + at_h, H, mask=inside)
         v, Y = d * U, tl.zeros((BT, BD), tl.float32)
-        column = block * M * BT + tl.arange(0, BT)
-        for n in tl.static_range(M):
-            if n % 4 == 0:
-                tl.debug_barrier()  # else the reads of all entries are fetched first, and spill
-            a = tl.exp2(d * row(rates, nn, n)[None, :])
-            x = v * tl.load(b + column + n * BT)[:, None]
-            x += tl.where(i == 0, a * row(H, nn, n)[None, :], 0.0)
-            _, hs = tl.associative_scan((a, x), 0, follow)  # (1)
-            H = tl.where(nn == n, row(hs, i, BT - 1)[None, :], H)
-            Y += tl.load(c + column + n * BT)[:, None] * hs
-        Y, gate, _ = read_out(D_, z, U, Y, at, ch, live, D)
+        rows = block * BT * MP + nn
+        for j in tl.static_range(BT):
+            write = row(v, i, j)[None, :] * tl.load(b + rows + j * MP)[:, None]
+            H = tl.exp2(row(d, i, j)[None, :] * rates) * H + write  # (1)
+            sums = tl.sum(H * tl.load(c + rows + j * MP)[:, None], 0)
+            Y = tl.where(i == j, sums[None, :], Y)
+        Y, gate, _ = read_out(skip, gates, U, Y)
         tl.store(y + at, Y * gate, mask=live)  # (2)
     if final is not None and ends:
         tl.store(final + seq * M * D + at_h, H, mask=inside)
