@@ -112,16 +112,27 @@ def train(
 @app.command(epilog="Example: glactl mqar --dims 64,128,256")
 def mqar(
     preset: Annotated[
-        str, typer.Option(metavar="NAME", help="quick, for two CPU cores, or zoology, for a GPU.")
+        str,
+        typer.Option(
+            metavar="NAME", help="quick, for two CPU cores; zoology, gsa or based, for a GPU."
+        ),
     ] = "quick",
     dims: Annotated[str | None, typer.Option(metavar="N,N", help="Model widths.")] = None,
-    mixers: Annotated[str | None, typer.Option(metavar="A,B", help="Mixers by name.")] = None,
+    mixers: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Mixers by name, or all.")
+    ] = None,
     lrs: Annotated[
         str | None, typer.Option(metavar="X,Y", help="Learning rates, in the order to try.")
     ] = None,
     seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Of weights and data.")] = None,
     pairs: Annotated[int | None, typer.Option(help="Keys with values in a row.")] = None,
     seqlen: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORM", help="identity, mixers alone, or hybrid, a short convolution first."
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="The sweep's folder; by default sweeps/PRESET.")
     ] = None,
@@ -147,6 +158,7 @@ def mqar(
             seeds=seeds,
             pairs=pairs,
             seqlen=seqlen,
+            form=form,
             out=out,
             retry_failed=retry_failed,
             plot_only=plot_only,
@@ -215,6 +227,28 @@ def generate(
     seed: Annotated[int, typer.Option(help="Of the draws; each prompt has its own.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
+    min_p: Annotated[
+        float, typer.Option(help="Leave out what is below P times the most probable.")
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="R", help="Divide logits of tokens that were there by R.")
+    ] = 1.0,
+    prefill_chunk: Annotated[
+        int, typer.Option(metavar="N", help="Tokens of prompts read at once.")
+    ] = 8192,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare one-token steps with one forward pass first.")
+    ] = False,
+    state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Continue the text whose state this is.")
+    ] = None,
+    save_state: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Keep the state after the prompt.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Texts go there as JSON lines; goes on where it ends."),
+    ] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -233,6 +267,13 @@ def generate(
             seed=seed,
             stops=stop,
             samples=samples,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            prefill_chunk=prefill_chunk,
+            check=check,
+            state=state,
+            save_state=save_state,
+            out=out,
             device=device,
             json=json,
         )

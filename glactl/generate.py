@@ -1,27 +1,32 @@
 """`glactl generate`: text from a trained model.
 
-Prompts are read by one packed forward pass; then every token is one step on the state of its row,
-whose size does not grow (softmax attention excepted).
+Prompts are read packed, in pieces of so many tokens; then every token is one step on the state of
+its row, whose size does not grow (softmax attention excepted).
 """
 
+import hashlib
 import json as jsons
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from glactl import console
 from glactl.device import pick_device
-from glactl.models.decode import Sampler, Sampling, decode, prefill
+from glactl.models.decode import BLOCK, PIECE, decode, prefill, step_error, take
 from glactl.models.lm import LM, LMState
+from glactl.models.sampling import Sampler, Sampling
+from glactl.prompts import Answers, read_prompts
 from glactl.run import Run
+from glactl.states import Past, checkpoint_hash, load_past, save_past
 from glactl.tasks.stream import TextStream, prompt_ids
 from glactl.tasks.tokenizer import Tokenizer
 
 BATCH = 256  # rows that `glactl generate` makes at once, to bound the memory of their states
+CHECKED = 64  # tokens that --check reads step by step
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ def generate(
     stops: Sequence[str] = (),
     rows: Sequence[int] | None = None,
     show: Callable[[int, str], None] | None = None,
+    piece: int = PIECE,
+    past: Past | None = None,
+    keep: Callable[[Past], None] | None = None,
 ) -> Generated:
     """Continue prompts.
 
@@ -66,10 +74,15 @@ def generate(
         sampling: how tokens are drawn; None: the most probable one.
         stops: a text ends before the first of these.
         rows: the number of each prompt, for its random numbers; None: 0, 1, 2, ...
-        show: show(i, text) is called with each new piece of the text of prompt i.
+        show: show(i, text) is called with each new piece of the text of prompt i, token by token;
+            None: tokens are looked at in blocks, which is faster.
+        piece: the most tokens of prompts read at once.
+        past: of a text that every prompt continues, "" as it is; None: they begin here.
+        keep: keep(past) is called with the first prompt, and the past before it, once it is read.
 
     Raises:
-        ValueError: no prompt, max_tokens below 0, or more tokens than the model has positions.
+        ValueError: no prompt, max_tokens or piece out of range, or more tokens than the model has
+            positions.
 
     Cost: one forward pass over the prompts, then max_tokens steps.
     """
@@ -77,8 +90,8 @@ def generate(
         raise ValueError("prompts is empty")
     if max_tokens < 0:
         raise ValueError(f"max_tokens is {max_tokens}; allowed: 0 or more")
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    longest = max(map(len, ids))
+    ids = _ids(tokenizer, prompts, past)
+    longest = max(map(len, ids)) + (0 if past is None else past.state.longest)
     if lm.spec.positions == "learned" and lm.spec.max_len is not None:
         # the last token made is not read
         _need_positions(longest, max_tokens, lm.spec.max_len)
@@ -98,13 +111,20 @@ def generate(
         return streams[row].stopped
 
     start = time.perf_counter()
-    hidden, state = prefill(lm, ids)
+    first = None if past is None else _repeated(past, len(ids))
+    hidden, state = prefill(lm, ids, piece, first)
     _wait(hidden.device)
     read = time.perf_counter()
     state_bytes = _bytes(state)
-    sampler = Sampler(sampling or Sampling(), list(range(len(ids))) if rows is None else rows)
-    limits = [max_tokens] * len(ids)
-    for _ in decode(lm, hidden, state, limits, sampler, stop, tokenizer.vocab_size):
+    seen = [[*tokens, *(past.seen if past else ())] for tokens in ids]
+    if keep is not None:
+        index = torch.zeros(1, device=hidden.device, dtype=torch.int64)
+        with torch.inference_mode():
+            keep(Past(hidden[index], take(state, index), sorted(set(seen[0]))))
+    numbers = list(range(len(ids))) if rows is None else rows
+    sampler = Sampler(sampling or Sampling(), numbers, seen)
+    limits, block = [max_tokens] * len(ids), BLOCK if show is None else 1
+    for _ in decode(lm, hidden, state, limits, sampler, stop, tokenizer.vocab_size, block):
         pass
     for row, stream in enumerate(streams):
         emit(row, stream.flush())
@@ -130,6 +150,13 @@ def generate_command(
     seed: int = 0,
     stops: list[str] | None = None,
     samples: int = 1,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    prefill_chunk: int = PIECE,
+    check: bool = False,
+    state: Path | None = None,
+    save_state: Path | None = None,
+    out: Path | None = None,
     device: str | None = None,
     json: bool = False,
 ) -> None:
@@ -139,13 +166,16 @@ def generate_command(
 
     Raises:
         ValueError: an option out of range, a file of prompts that cannot be read, or a run that is
-            not about text.
+            not about text; a state of another checkpoint, or texts of other options.
         FileNotFoundError: no run, or no such file.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    if samples < 1:
-        raise ValueError(f"samples is {samples}; allowed: 1 or more")
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty)
+    for name, value in (("samples", samples), ("prefill_chunk", prefill_chunk)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; allowed: 1 or more")
     texts = [*prompts, *(read_prompts(file) if file is not None else [])] or [""]
+    if save_state is not None and len(texts) > 1:
+        raise ValueError(f"save_state keeps the state of one prompt; there are {len(texts)}")
     texts = [text for text in texts for _ in range(samples)]
     opened = Run.newest() if run is None else Run.open(run)
     if run is None:
@@ -154,11 +184,27 @@ def generate_command(
     lm, tokenizer, _ = opened.load_model(where)
     if tokenizer is None:
         raise ValueError(f"{opened.path} has no tokenizer, its data is not text")
-    stream = len(texts) == 1 and not json
+    weights = checkpoint_hash(opened.newest_checkpoint())
+    past = None if state is None else load_past(state, lm, weights)
+    answers = None
+    if out is not None:
+        options = [asdict(sampling), max_tokens, stops, weights, _sum(state)]
+        by = hashlib.sha256(jsons.dumps(options).encode()).hexdigest()
+        answers = Answers(out, by[:12], texts)
+        if answers.done:
+            console.note(f"{out} has {answers.done} of {len(texts)} texts")
+    if check:
+        tokens = max((prompt_ids(tokenizer, text) for text in texts), key=len)[:CHECKED]
+        console.note(
+            f"check: steps and one forward pass over {len(tokens)} tokens differ by "
+            f"{step_error(lm, tokens):.1e} of the largest logit"
+        )
+    stream = len(texts) == 1 and not json and out is None
     if stream:
         console.write(texts[0])
     parts = []
-    for first in range(0, len(texts), BATCH):
+    before = 0 if answers is None else answers.done
+    for first in range(before, len(texts), BATCH):
         rows = range(first, min(first + BATCH, len(texts)))
         batch = [texts[row] for row in rows]
         made = generate(
@@ -170,58 +216,54 @@ def generate_command(
             stops or [],
             rows,
             show=(lambda _, text: console.write(text)) if stream else None,
+            piece=prefill_chunk,
+            past=past,
+            keep=(lambda past: save_past(save_state, past, weights)) if save_state else None,
         )
         parts.append(made)
         if stream:
             console.write("\n")
+            continue
+        if answers is not None:
+            answers.add(batch, made.texts)
             continue
         for row, text in zip(rows, made.texts, strict=True):
             if json:
                 console.result({"prompt": texts[row], "text": text})
             else:
                 console.say(("" if row == 0 else "\n") + f"--- {row + 1}\n{texts[row]}{text}")
+    if parts:
+        _tell(parts, len(texts) - before)
+
+
+def _tell(parts: Sequence[Generated], rows: int) -> None:
+    """One line about the speed."""
     tokens, seconds = sum(p.tokens for p in parts), sum(p.seconds for p in parts)
+    read, took = sum(p.prompt_tokens for p in parts), sum(p.prefill_seconds for p in parts)
     console.note(
-        f"prefill {sum(p.prompt_tokens for p in parts)} tokens in "
-        f"{1e3 * sum(p.prefill_seconds for p in parts):.1f} ms; "
+        f"prefill {read} tokens in {1e3 * took:.1f} ms, "
+        f"{read / took if took > 0 else 0:,.0f} tokens/s; "
         f"{tokens} tokens at {tokens / seconds if seconds > 0 else 0:,.0f} tokens/s; "
-        f"state {max(p.state_bytes for p in parts) / 2**20:.2f} MiB in {len(texts)} row(s)"
+        f"state {max(p.state_bytes for p in parts) / 2**20:.2f} MiB in {rows} row(s)"
     )
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file: .jsonl, strings or objects with a field prompt or text; else lines.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not UTF-8 text, a line that is no prompt, or no prompt at all.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file of prompts at {path}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    found = [
-        _prompt(line, f"{path}:{n}") if path.suffix == ".jsonl" else line
-        for n, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not found:
-        raise ValueError(f"{path} has no prompts")
-    return found
+def _ids(tokenizer: Tokenizer, prompts: Sequence[str], past: Past | None) -> list[list[int]]:
+    """The tokens of prompts; with a past "" has none."""
+    if past is None:
+        return [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    return [list(tokenizer.encode(prompt)) for prompt in prompts]
 
 
-def _prompt(line: str, place: str) -> str:
-    try:
-        value: Any = jsons.loads(line)
-    except jsons.JSONDecodeError as error:
-        raise ValueError(f"{place}: not JSON: {error.msg}") from None
-    if isinstance(value, dict):
-        value = value.get("prompt", value.get("text"))
-    if not isinstance(value, str):
-        raise ValueError(f'{place}: neither a string nor an object with "prompt" or "text"')
-    return value
+def _sum(file: Path | None) -> str | None:
+    """The sha256 of a file."""
+    return None if file is None else hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _repeated(past: Past, n: int) -> tuple[Tensor, LMState]:
+    """The past of n rows."""
+    index = torch.zeros(n, device=past.hidden.device, dtype=torch.int64)
+    return past.hidden[index], take(past.state, index)
 
 
 def _need_positions(longest: int, max_tokens: int, max_len: int) -> None:

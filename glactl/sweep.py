@@ -4,6 +4,8 @@ Trials run one after another, in the order dims, mixers, seeds, learning rates. 
 (dim, mixer, seed) are tried as they are listed; once one passes train.stop_accuracy the others are
 skipped: a cell that is solved has nothing left to find. What has run is in results.jsonl under the
 hash of its spec, so the same command goes on where it was stopped and computes nothing twice.
+Several sweeps may share a folder: each claims a trial before it runs it, and takes cells first that
+no other is at; see sweep_claims.py.
 """
 
 import time
@@ -17,11 +19,17 @@ import torch
 
 from glactl import __version__, console
 from glactl.device import pick_device
+from glactl.slices import of_slices
+from glactl.sweep_claims import Claims
+from glactl.sweep_estimate import STEPS, Clock
 from glactl.sweep_grid import Grid, Trial, make_grid
-from glactl.sweep_report import edge_warnings, print_table, summarise, write
-from glactl.sweep_results import Ended, Outcome, Result, Results, Status, pending
+from glactl.sweep_report import print_table, write
+from glactl.sweep_results import ERRORS, Ended, Outcome, Result, Results, Status, pending
+from glactl.sweep_rows import edge_warnings, summarise
 from glactl.tasks import Task, load_task
 from glactl.train import Stopped, train
+
+POLL = 1.0  # seconds between two looks at what other sweeps run
 
 
 class SweepStopped(Exception):
@@ -45,6 +53,7 @@ def mqar_command(
     seeds: str | None = None,
     pairs: int | None = None,
     seqlen: int | None = None,
+    form: str | None = None,
     out: Path | None = None,
     device: str | None = None,
     retry_failed: bool = False,
@@ -60,7 +69,14 @@ def mqar_command(
         SweepFailed: a cell has nothing but errors.
     """
     grid = make_grid(
-        preset, dims=dims, mixers=mixers, lrs=lrs, seeds=seeds, pairs=pairs, seqlen=seqlen
+        preset,
+        dims=dims,
+        mixers=mixers,
+        lrs=lrs,
+        seeds=seeds,
+        pairs=pairs,
+        seqlen=seqlen,
+        form=form,
     )
     where = pick_device(device)
     folder = out if out is not None else Path("sweeps") / grid.preset
@@ -80,6 +96,8 @@ def mqar_command(
         outcomes.append(outcome)
         if json:
             console.result({"event": "trial", **_plain(outcome)})
+    order = {trial.key: i for i, trial in enumerate(grid.trials)}
+    outcomes.sort(key=lambda outcome: order[outcome.trial.key])
     rows = summarise(outcomes)
     files = write(folder, grid, rows)
     if json:
@@ -113,43 +131,137 @@ def run_sweep(
 
     Args:
         grid: the sweep.
-        results: read again before each trial: another sweep may have run it meanwhile.
+        results: read again before each trial: another sweep may have run it meanwhile. What others
+            run is waited for.
         device: where.
         retry_failed: run trials again whose result is an error.
         plot_only: run nothing.
         quiet: no progress.
 
     Yields:
-        Outcome, one a trial, in the grid's order.
+        Outcome, one a trial, in the grid's order but for what other sweeps were at.
 
     Raises:
         SweepStopped: SIGINT or SIGTERM.
     """
-    data, clock = _Data(), _Clock()
-    todo = grid.cells
+    sweep = _Sweep(grid, results, device, retry_failed, quiet)
+    todo = list(grid.cells)
     try:
+        if plot_only:
+            for cell in todo:
+                yield from sweep.standing(cell)
+            return
+        sweep.estimate()
+        eager = False
         while todo:
-            cell, *todo = todo
-            for trial in cell:
-                known = results.load()
-                waits = pending(cell, known, retry_failed)
-                before = known.get(trial.key)
-                if trial not in waits or plot_only:
-                    status: Status = "missing" if trial in waits else "skipped"
-                    yield Outcome(trial, before.status if before else status, before, cached=True)
-                    continue
-                result = _run(trial, data, device, quiet)
-                results.add(result, _details(trial, data.fingerprint, device))
-                clock.add(trial, result.seconds)
-                if not quiet:
-                    console.note(_sentence(trial, result) + clock.left([cell, *todo], results))
+            shown = 0
+            for cell in todo:
+                for outcome in sweep.visit(cell, eager):
+                    shown += 1
+                    yield outcome
+            todo = [cell for cell in todo if not sweep.done(cell)]
+            if todo and eager and not shown:
+                time.sleep(POLL)  # all that is left runs in other sweeps
+            eager = not shown
+    except KeyboardInterrupt:
+        raise SweepStopped(f"stopped; {sweep.goes_on}") from None
+
+
+class _Sweep:
+    """What run_sweep knows between one trial and the next."""
+
+    def __init__(
+        self, grid: Grid, results: Results, device: torch.device, retry_failed: bool, quiet: bool
+    ) -> None:
+        self.grid, self.results, self.device, self.quiet = grid, results, device, quiet
+        self.claims = Claims(results.path.parent)
+        self.data, self.clock = _Data(), Clock()
+        self.goes_on = (
+            f"what has ended is kept in {results.path}: the same command goes on from there"
+        )
+        # an error that stands now is retried; one that comes meanwhile is another sweep's retry
+        before = results.load().items()
+        self._again = {k: r for k, r in before if retry_failed and r.status in ERRORS}
+        self._shown: set[str] = set()
+
+    def waits(self, cell: list[Trial], known: dict[str, Result]) -> list[Trial]:
+        """The trials of the cell that are still to run, by whomever."""
+        counted = {k: r for k, r in known.items() if self._again.get(k) != r}
+        return [t for t in pending(cell, counted) if t.key not in self._shown]
+
+    def done(self, cell: list[Trial]) -> bool:
+        """Whether every trial of the cell has its outcome."""
+        return all(t.key in self._shown for t in cell)
+
+    def standing(self, cell: list[Trial]) -> Iterator[Outcome]:
+        """The outcomes of a cell of which nothing is run."""
+        known = self.results.load()
+        for trial in cell:
+            waits = trial in self.waits(cell, known)
+            yield _standing(trial, known.get(trial.key), "missing" if waits else "skipped")
+
+    def visit(self, cell: list[Trial], eager: bool) -> Iterator[Outcome]:
+        """Run what waits in the cell, in order; trials that had ended have their turn too.
+
+        At one that another sweep runs the rest of the cell is left for later, as it may solve it;
+        an eager visit goes on with the next.
+        """
+        for trial in cell:
+            if trial.key in self._shown:
+                continue
+            result = None
+            if trial in self.waits(cell, self.results.load()):
+                with self.claims.hold(trial.key) as mine:
+                    if not mine:
+                        if eager:
+                            continue
+                        return
+                    if trial in self.waits(cell, self.results.load()):  # nobody was faster
+                        result = self._run(trial)
+            self._shown.add(trial.key)
+            if result is None:
+                yield _standing(trial, self.results.load().get(trial.key), "skipped")
+            else:
+                self.clock.add(trial, result.seconds)
+                if not self.quiet:
+                    console.note(_sentence(trial, result) + self._left())
                 yield Outcome(trial, result.status, result)
-    except (Stopped, KeyboardInterrupt) as stop:
-        inside = f" inside {trial.label} ({stop})" if isinstance(stop, Stopped) else ""
-        raise SweepStopped(
-            f"stopped{inside}; what has ended is kept in {results.path}: the same command goes on "
-            "from there"
-        ) from None
+
+    def estimate(self) -> None:
+        """Say what is ahead, before it begins."""
+        ahead = self._ahead()
+        if self.quiet or not ahead:
+            return
+        self.clock.measure(ahead, self.device)
+        seconds = self.clock.seconds(ahead)
+        if seconds is not None:
+            console.note(
+                f"estimate, from {STEPS} steps of each mixer and width: at most about "
+                f"{console.clock(seconds)}, if no trial ends early"
+            )
+
+    def _run(self, trial: Trial) -> Result:
+        try:
+            result = _run(trial, self.data, self.device, self.quiet)
+        except Stopped as stop:
+            raise SweepStopped(f"stopped inside {trial.label} ({stop}); {self.goes_on}") from None
+        self.results.add(result, _details(trial, self.data.fingerprint, self.device))
+        return result
+
+    def _ahead(self) -> list[Trial]:
+        known = self.results.load()
+        return [t for cell in self.grid.cells for t in self.waits(cell, known)]
+
+    def _left(self) -> str:
+        ahead = self._ahead()
+        seconds = self.clock.seconds(ahead)
+        if not ahead or seconds is None:
+            return ""
+        return f"; {len(ahead)} or fewer to go, about {console.clock(seconds)}"
+
+
+def _standing(trial: Trial, before: Result | None, otherwise: Status) -> Outcome:
+    return Outcome(trial, before.status if before else otherwise, before, cached=True)
 
 
 class _Data:
@@ -169,25 +281,6 @@ class _Data:
     @property
     def fingerprint(self) -> str | None:
         return None if self._task is None else self._task.fingerprint
-
-
-class _Clock:
-    """What the trials ahead take at most, at the rate of floating point operations so far."""
-
-    def __init__(self) -> None:
-        self._work = self._seconds = 0.0
-
-    def add(self, trial: Trial, seconds: float) -> None:
-        self._work += trial.work
-        self._seconds += seconds
-
-    def left(self, cells: list[list[Trial]], results: Results) -> str:
-        known = results.load()
-        ahead = [t for cell in cells for t in pending(cell, known)]
-        if not ahead:
-            return ""
-        seconds = self._seconds / self._work * sum(t.work for t in ahead)
-        return f"; {len(ahead)} or fewer to go, about {console.clock(seconds)}"
 
 
 def _run(trial: Trial, data: _Data, device: torch.device, quiet: bool) -> Result:
@@ -216,6 +309,7 @@ def _run(trial: Trial, data: _Data, device: torch.device, quiet: bool) -> Result
         step,
         seconds,
         error,
+        of_slices(numbers) or None,
     )
 
 

@@ -3,9 +3,12 @@
 A preset is YAML. `run` is a run spec without what the sweep varies; `lengths` says what else
 changes with data.seq_len (the pairs, the batch), `mixers` what else changes with the mixer, both as
 parts of a run spec; `dims`, `lrs` and `seeds` are the values of model.d_model, optim.lr and seed.
-A later one of run, lengths, mixers and the grid's own values wins.
+A later one of run, lengths, mixers and the grid's own values wins. `form` is identity, a mixer in
+every layer, or hybrid, a gated convolution first and the mixer in every second layer; a list of
+mixers stays as it is.
 """
 
+import hashlib
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -14,10 +17,15 @@ from typing import Any
 import yaml
 
 from glactl.models.cost import lm_cost
+from glactl.models.lm import LMSpec
+from glactl.models.mixers import KINDS
 from glactl.spec import RunSpec, check, spec_hash
 from glactl.spec_source import Place, Source, SpecError, nearest
 from glactl.tasks.mqar import MQARSpec
 from glactl.train import with_vocab
+
+FORMS = ("identity", "hybrid")
+FIRST = {"kind": "conv", "width": 3}  # of a hybrid
 
 
 @dataclass(frozen=True)
@@ -25,7 +33,7 @@ class Trial:
     """One run of the sweep.
 
     key is spec_hash(spec); state_bytes is what one sequence keeps after data.seq_len tokens (fp32);
-    work is the floating point operations of all its steps.
+    work is the floating point operations of all its steps and validations.
     """
 
     mixer: str
@@ -55,6 +63,7 @@ class Grid:
     """A whole sweep, checked: every trial's spec is valid."""
 
     preset: str
+    form: str
     dims: list[int]
     mixers: dict[str, dict[str, Any]]  # name -> what it changes in the run spec
     lrs: list[float]
@@ -67,12 +76,33 @@ class Grid:
         """All trials, in order."""
         return [t for cell in self.cells for t in cell]
 
+    @property
+    def key(self) -> str:
+        """The sha256 (64 hex digits) of its trials' keys: what a table or a figure stands for."""
+        return hashlib.sha256(" ".join(sorted(t.key for t in self.trials)).encode()).hexdigest()
+
+    @property
+    def slices(self) -> list[str]:
+        """Lengths and numbers of pairs that are asked for, each "L/n", in order."""
+        return slice_names(self.trials[0].data)
+
+    @property
+    def title(self) -> str:
+        """The data in a few words."""
+        data = self.trials[0].data
+        if data.train is None:
+            rows = f"{data.pairs} pairs in {data.seq_len} tokens"
+        else:
+            most = max(data.segments("train"), key=lambda part: (part.seq_len, part.pairs))
+            rows = f"trained up to {most.seq_len}/{most.pairs}, asked up to {self.slices[-1]}"
+        return f"MQAR, {rows}, vocabulary {data.vocab_size:,}"
+
     def resolved(self) -> str:
         """The grid as YAML, the key of every trial beside it."""
         trials = {
             t.key: {"mixer": t.mixer, "dim": t.dim, "lr": t.lr, "seed": t.seed} for t in self.trials
         }
-        names = ("preset", "dims", "lrs", "seeds", "mixers", "run")
+        names = ("key", "preset", "form", "dims", "lrs", "seeds", "mixers", "run")
         return yaml.safe_dump(
             {name: getattr(self, name) for name in names} | {"trials": trials}, sort_keys=False
         )
@@ -87,14 +117,17 @@ def make_grid(
     seeds: str | None = None,
     pairs: int | None = None,
     seqlen: int | None = None,
+    form: str | None = None,
 ) -> Grid:
     """The sweep of `preset` with the options that are not None in place of its own values.
 
     Args:
         preset: a name of `presets()`; None is "quick".
         dims, lrs, seeds: numbers with commas between them.
-        mixers: names with commas between them: the preset's, or a mixer's kind.
+        mixers: names with commas between them: the preset's, or a mixer's kind; "all": the preset's
+            and every other kind but conv, which alone sees two tokens back.
         pairs, seqlen: data.pairs and data.seq_len.
+        form: one of FORMS.
 
     Raises:
         ValueError: an option that is not such a list, or a trial whose spec is not valid.
@@ -105,7 +138,14 @@ def make_grid(
     rates = learning_rates(lrs) if lrs is not None else [float(x) for x in data["lrs"]]
     draws = whole_numbers("seeds", seeds, 0) if seeds is not None else data["seeds"]
     known: dict[str, dict[str, Any]] = data["mixers"]
-    names = _items("mixers", mixers, "names, attention,gla") if mixers is not None else known
+    names = _items("mixers", mixers, "names, attention,gla") if mixers is not None else [*known]
+    if names == ["all"]:
+        names = [*known, *(kind for kind in KINDS if kind not in known and kind != "conv")]
+    form = data.get("form", "identity") if form is None else form
+    if form not in FORMS:
+        raise ValueError(
+            f"--form is {form!r}; allowed: {', '.join(FORMS)}{nearest(form, [*FORMS])}"
+        )
     chosen = {n: known.get(n, {"model": {"mixer": n}}) for n in names}
 
     places: dict[Place, str] = {}
@@ -113,17 +153,22 @@ def make_grid(
     if seqlen is not None:
         run = _merged(run, {"data": {"seq_len": seqlen}})
         places["data", "seq_len"] = f"--seqlen {seqlen}"
-    run = _merged(run, data.get("lengths", {}).get(run["data"]["seq_len"], {}))
+    run = _merged(run, data.get("lengths", {}).get(run["data"].get("seq_len"), {}))
     if pairs is not None:
         run = _merged(run, {"data": {"pairs": pairs}})
         places["data", "pairs"] = f"--pairs {pairs}"
     cells = [
-        [_trial(run, places, n, changes, dim, lr, seed) for lr in rates]
+        [_trial(run, places, form, n, changes, dim, lr, seed) for lr in rates]
         for dim in widths
         for n, changes in chosen.items()
         for seed in draws
     ]
-    return Grid(name, widths, chosen, rates, draws, run, cells)
+    return Grid(name, form, widths, chosen, rates, draws, run, cells)
+
+
+def slice_names(data: MQARSpec) -> list[str]:
+    """Lengths and numbers of pairs of the validation split, each "L/n" and once, in order."""
+    return list(dict.fromkeys(f"{part.seq_len}/{part.pairs}" for part in data.segments("valid")))
 
 
 def presets() -> list[str]:
@@ -177,6 +222,7 @@ def read_preset(name: str) -> dict[str, Any]:
 def _trial(
     run: dict[str, Any],
     places: dict[Place, str],
+    form: str,
     mixer: str,
     changes: dict[str, Any],
     dim: int,
@@ -186,6 +232,9 @@ def _trial(
     """One checked trial; a fault in its spec is reported at the option that it came from."""
     varied = {"name": f"mqar-{mixer}-{dim}", "seed": seed, "optim": {"lr": lr}}
     data = _merged(_merged(run, changes), _merged(varied, {"model": {"d_model": dim}}))
+    alone = data["model"].get("mixer")
+    if form == "hybrid" and alone is not None and not isinstance(alone, list):
+        data["model"]["mixer"] = [FIRST, alone]
     origin: dict[Place, str] = {
         (): f"--mixers {mixer} --dims {dim}",
         ("model", "mixer"): f"--mixers {mixer}",
@@ -195,16 +244,24 @@ def _trial(
     if touched:
         origin["data",] = touched
     spec = check(Source(data, {**origin, **places}))
-    T = spec.data.seq_len
-    cost = lm_cost(with_vocab(spec, _vocab(spec)).model, T)
-    work = cost.flops_token_train * T * spec.train.batch_size * spec.train.steps
+    if not isinstance(spec.data, MQARSpec):
+        raise ValueError(f"data.kind is {spec.data.kind!r}; a sweep's allowed: mqar")
+    model = with_vocab(spec, spec.data.vocab_size).model
+    cost = lm_cost(model, spec.data.seq_len)
+    work = training_work(spec, spec.data, model)
     return Trial(mixer, dim, lr, seed, spec, spec_hash(spec), cost.params, cost.state_bytes, work)
 
 
-def _vocab(spec: RunSpec) -> int:
-    if spec.data.kind != "mqar":
-        raise ValueError(f"data.kind is {spec.data.kind!r}; a sweep's allowed: mqar")
-    return spec.data.vocab_size
+def training_work(spec: RunSpec, data: MQARSpec, model: LMSpec) -> float:
+    """Floating point operations of the steps and validations of `spec` on `data`."""
+    plan, of_row, of_validation = spec.train, 0.0, 0.0
+    for part in data.segments("train"):
+        share = part.rows / data.n_train
+        of_row += share * part.seq_len * lm_cost(model, part.seq_len).flops_token_train
+    for part in data.segments("valid"):
+        of_validation += part.rows * part.seq_len * lm_cost(model, part.seq_len).flops_token
+    validations = -(-plan.steps // plan.valid_every)
+    return plan.steps * plan.batch_size * of_row + validations * of_validation
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

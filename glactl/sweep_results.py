@@ -26,7 +26,8 @@ class Result:
 
     status: done; diverged (the loss was not finite) or failed (another error), with the error's
     line. accuracy and loss (nats a target) are of the last validation, steps those taken, seconds
-    those of the whole trial; accuracy and loss are None where it was never validated.
+    those of the whole trial; accuracy and loss are None where it was never validated. slices: of a
+    mixture, the accuracy of each length and number of pairs, by "L/n".
     """
 
     key: str
@@ -36,6 +37,7 @@ class Result:
     steps: int
     seconds: float
     error: str | None = None
+    slices: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _parsed(line: bytes) -> Result | None:
     """The result in a line; None for a line that is none, such as half of one."""
     try:
         record = json.loads(line)
+        record = {"slices": None} | record  # a line written before there were mixtures has none
         result = Result(**{field.name: record[field.name] for field in fields(Result)})
     except (ValueError, KeyError, TypeError):
         return None

@@ -28,6 +28,7 @@ from glactl.device import Precision, products
 from glactl.models.lm import LM, build_lm, token_losses
 from glactl.optim import clip, learning_rate
 from glactl.run import Position, Run
+from glactl.slices import Slices
 from glactl.spec import RunSpec, need_vocab
 from glactl.stages import Source, Stage, read
 from glactl.tasks import Task, load_task
@@ -269,11 +270,11 @@ def validate(
 
     Returns:
         loss in nats a target; ppl = exp(loss); accuracy, the share of targets that are the most
-        likely token; bpb, bits per byte of the text that the targets stand for, where the task
-        counts bytes. None when a signal came meanwhile.
+        likely token, in a mixture as in slices.py, with its slices; bpb, bits per byte of the text
+        that the targets stand for, where the task counts bytes. None when a signal came meanwhile.
     """
     model.eval()
-    loss, correct, count, n_bytes = 0.0, 0, 0, 0
+    loss, correct, count, n_bytes, slices = 0.0, 0, 0, 0, Slices()
     for batch in task.valid_batches(batch_size):
         if stop is not None and stop.wanted:
             return None
@@ -284,8 +285,10 @@ def validate(
         correct += int(right.sum())
         count += len(losses)
         n_bytes += batch.n_bytes or 0
+        slices.add(batch, right)
     mean = loss / max(count, 1)
     valid = {"loss": mean, "ppl": math.exp(min(mean, 700.0)), "accuracy": correct / max(count, 1)}
+    valid |= slices.numbers()
     if n_bytes:
         valid["bpb"] = loss / math.log(2) / n_bytes
     return valid

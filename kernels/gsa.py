@@ -171,11 +171,13 @@ def gsa_step(
     dtype = state_dtype(q, k, v)
     check_state("state[0]", Sk, dtype)
     check_state("state[1]", Sv, dtype)
-    w = _strength(s, g, dtype)
+    if s is None and g is None:
+        raise ValueError("s and g are None; allowed: at least one of them given")
     if pick_backend(q.device, backend) == "triton" and (backend or "gsa step" in PROVEN):
         from glactl.kernels.triton_step import gsa_step_triton
 
         return gsa_step_triton(q, k, v, s, g, state, scale=scale)
+    w = _strength(s, g, dtype)
     if g is not None:
         a = g.to(dtype).exp()
         Sk.mul_(a[..., None, :])

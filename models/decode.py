@@ -1,110 +1,84 @@
 """Continuing prompts one token at a time on the model's state.
 
-A batch of ragged prompts is read at once, packed end to end with their boundaries in cu_seqlens,
-so that no row is padded and none sees another. Each row then takes one-token steps on its own
-state, and a row that ends leaves the batch.
+A batch of ragged prompts is packed end to end with their boundaries in cu_seqlens, so that no row
+is padded and none sees another, and is read in pieces of so many tokens, which may cut a prompt:
+with a mixer of constant state the memory does not depend on how long prompts are. Each row then
+takes one-token steps on its own state.
 
-The next token of a row with logits z, temperature c > 0 and u uniform in [0, 1):
-
-    p = softmax(z / c), kept for the top_k largest only                                (1)
-    p = kept for the fewest of the largest whose sum reaches top_p times the sum       (2)
-    token = the first j, from the largest p on, with p_1 + ... + p_j > u * sum(p)      (3)
-
-Temperature 0 takes the largest logit. The u of a row come from a generator of its own, made from
-(seed, row), so that a row's text does not depend on the rows beside it.
+A step reads the last token of each row, draws the next one (`glactl.models.sampling`) and writes it
+where the following step reads it, so the host has nothing to say between two steps. On a GPU one
+step is captured as a CUDA graph and replayed, and the tokens of a block of steps are looked at
+together: a row that has ended is found out at the end of its block. On a CPU the same code runs as
+it is.
 """
 
-import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from glactl.models.joined import Joined
 from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState
+from glactl.models.sampling import Sampler
 
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is drawn.
-
-    temperature divides the logits, 0 takes the largest; top_k keeps that many tokens (None: all);
-    top_p keeps the most probable tokens up to that share, in (0, 1]; seed is any integer.
-
-    Raises:
-        ValueError: a value out of range.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}; allowed: 0 or more")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k is {self.top_k}; allowed: 1 or more")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p}; allowed: more than 0, at most 1")
-
-
-class Sampler:
-    """Draws the next token of each row.
-
-    Args:
-        sampling: how.
-        rows: the number of each row; rows of one number and seed draw the same u.
-    """
-
-    def __init__(self, sampling: Sampling, rows: Sequence[int]) -> None:
-        self.sampling = sampling
-        # Python's own generator: the same numbers on every device and in every batch.
-        self._random = [random.Random(f"{sampling.seed}/{row}") for row in rows]
-
-    def __call__(self, logits: Tensor, rows: Sequence[int]) -> Tensor:
-        """The next tokens, (n,) int64, from logits (n, vocab) of the rows at these indices."""
-        if self.sampling.temperature == 0:
-            return logits.argmax(-1)
-        z, token = logits.float().sort(dim=-1, descending=True, stable=True)
-        p = torch.softmax(z / self.sampling.temperature, -1)
-        if self.sampling.top_k is not None:
-            p[:, self.sampling.top_k :] = 0  # (1)
-        before = p.cumsum(-1) - p
-        p = p.where(before < self.sampling.top_p * p.sum(-1, keepdim=True), 0)  # (2)
-        u = torch.tensor([[self._random[r].random()] for r in rows], dtype=p.dtype)
-        total, u = p.cumsum(-1), to_device(u, p.device)
-        j = torch.searchsorted(total, u * total[:, -1:], right=True)  # (3)
-        kept = (p > 0).sum(-1, keepdim=True)  # u next to 1 may round up to the whole sum
-        return token.gather(-1, j.minimum(kept - 1)).squeeze(-1)
+BLOCK = 16  # steps between two looks at the tokens: a row that ends wastes 15 at most
+PIECE = 8192  # tokens of prompts that are read at once
+WARM = 2  # steps before one is captured, in which kernels are compiled and libraries begin
 
 
 @torch.inference_mode()
-def prefill(lm: LM, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, LMState]:
-    """Read every prompt, packed into one row.
+def prefill(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    piece: int = PIECE,
+    past: tuple[Tensor, LMState] | None = None,
+) -> tuple[Tensor, LMState]:
+    """Read every prompt, packed into one row, `piece` tokens at a time.
 
     Args:
         lm: the model, in evaluation mode.
-        prompts: N lists of token ids, none empty.
+        prompts: N lists of token ids; none empty without a past.
+        piece: the most tokens read at once, 1 or more.
+        past: hidden (N, D) and the state of N sequences, which the prompts continue and which is
+            left as it is; None: they begin here.
 
     Returns:
         hidden (N, D) after the last token of each prompt, and the state of N sequences.
 
     Raises:
-        ValueError: no prompt, or an empty one.
+        ValueError: no prompt, an empty one, or a piece below 1.
 
-    Cost: one forward pass over the sum of the lengths.
+    Cost: one forward pass over the sum of the lengths; the memory of one over `piece` tokens, and
+    two states.
     """
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
-    if empty or not prompts:
+    if not prompts or (empty and past is None):
         raise ValueError(f"prompt {empty[0]} is empty" if empty else "prompts is empty")
+    if piece < 1:
+        raise ValueError(f"piece is {piece}; allowed: 1 or more")
     device = lm.device
-    tokens = torch.tensor([[t for p in prompts for t in p]])
+    tokens = torch.tensor([t for p in prompts for t in p], dtype=torch.int64)
     ends = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
-    state = lm.initial_state(len(prompts), device=device)
-    hidden, state = lm.forward(to_device(tokens, device), state, cu_seqlens=ends)
-    return hidden[0, to_device(ends[1:] - 1, device)], state
+    state = lm.initial_state(len(prompts), device=device) if past is None else past[1]
+    before = state.longest
+    hidden = None if past is None else past[0].clone()
+    for first in range(0, len(tokens), piece):
+        part = tokens[first : first + piece]
+        bounds = (ends - first).clamp(0, len(part))
+        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens=bounds)
+        # forward adds up the longest of every piece, whose rows need not be the same
+        state.longest = before + int((ends[1:].clamp(max=first + len(part)) - ends[:-1]).max())
+        last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
+        hidden = read.new_zeros(len(prompts), read.shape[-1]) if hidden is None else hidden
+        at = to_device(last, device)
+        hidden.index_copy_(0, at, read[0, to_device(bounds[1:][last] - 1, device)])
+    assert hidden is not None
+    if len(tokens) == 0:  # a step would write into the past
+        state = take(state, torch.arange(len(prompts), device=device))
+    return hidden, state
 
 
 @torch.inference_mode()
@@ -116,6 +90,7 @@ def decode(
     sampler: Sampler,
     stop: Callable[[int, int], bool],
     vocab: int | None = None,
+    block: int = BLOCK,
 ) -> Iterator[list[tuple[int, int]]]:
     """Continue N prompts.
 
@@ -127,37 +102,216 @@ def decode(
         sampler: draws the tokens; its rows are those of hidden.
         stop: stop(row, token) is asked after every token; true ends the row.
         vocab: ids below it may be drawn; None: all that the model has.
+        block: steps between two looks at the tokens, 1 or more.
 
     Yields:
         (row, token) of all rows that made one, rows counted from 0; ends when no row is left.
 
-    Cost: one step of the rows still alive per token; softmax attention also reads its past. The
-    host waits for the device once a token, for the tokens that `stop` is asked about.
+    Raises:
+        ValueError: a block below 1.
+
+    Cost: one step of all rows per token; softmax attention also reads its past. The host waits for
+    the device once a block. A row that has ended leaves the batch at the end of its block or, where
+    steps are captured, when half of the rows have; a graph is captured again each time.
     """
-    rows = list(range(hidden.shape[0]))
-    made = 0
-    alive = [i for i in rows if limits[i] > 0]
-    if len(alive) < len(rows):
-        rows, hidden, state = _keep(alive, rows, hidden, state)
-    while rows:
-        tokens = sampler(lm.logits(hidden)[:, :vocab], rows)
-        made += 1
-        new = list(zip(rows, tokens.tolist(), strict=True))
-        ended = {row for row, token in new if stop(row, token) or made >= limits[row]}
-        yield new
-        alive = [i for i, row in enumerate(rows) if row not in ended]
-        if not alive:
-            return
+    if block < 1:
+        raise ValueError(f"block is {block}; allowed: 1 or more")
+    rows = [i for i in range(hidden.shape[0]) if limits[i] > 0]
+    if not rows:
+        return
+    sampler = sampler.start(hidden.device, lm.spec.vocab if vocab is None else vocab)
+    if len(rows) < hidden.shape[0]:
+        index = to_device(torch.tensor(rows), hidden.device)
+        hidden, state, sampler = hidden[index], take(state, index), sampler.keep(index)
+    token = sampler.draw(lm.logits(hidden)[:, :vocab], sampler.uniform(state.position))
+    stepper = Stepper(lm, token, state, sampler, max(limits), vocab, block)
+    columns, made, alive = [token.tolist()], 0, set(rows)
+    while True:
+        for column in columns:
+            made += 1
+            new = [(row, t) for row, t in zip(rows, column, strict=True) if row in alive]
+            alive -= {row for row, t in new if stop(row, t) or made >= limits[row]}
+            yield new
+            if not alive:
+                return
+        stay = [i for i, row in enumerate(rows) if row in alive]
+        if stepper.captured and 2 * len(stay) > len(rows):
+            stepper.rest([i for i, row in enumerate(rows) if row not in alive])
+        elif len(stay) < len(rows):
+            rows, stepper = [rows[i] for i in stay], stepper.keep(stay)
+        columns = stepper.run(min(block, min(limits[row] for row in alive) - made))
+
+
+@torch.inference_mode()
+def step_error(lm: LM, tokens: Sequence[int]) -> float:
+    """How far one-token steps are from one forward pass over the same text.
+
+    Args:
+        lm: the model, in evaluation mode.
+        tokens: one text, not empty.
+
+    Returns:
+        the largest difference of the logits after every token, over the largest logit.
+    """
+    text = torch.tensor([tokens], device=lm.device)
+    whole, state = lm.logits(lm(text)[0][0]), lm.initial_state(1)
+    steps = torch.cat([lm.logits(lm.step(token, state)) for token in text.T])
+    return float((steps - whole).abs().max() / whole.abs().max())
+
+
+class Stepper:
+    """Steps of N rows over buffers that stay where they are.
+
+    One step, of rows with the last tokens x, states S and the u of this step:
+
+        h, S = lm.step(x, S),   x = draw(logits(h), u)                                 (1)
+
+    Captured steps of one row take products of one input as one (`glactl.models.joined`), and launch
+    in bf16, by layer, where the products of a library are one kernel each:
+
+        |                                  | GLA, of N rows | of one | GSA, of N rows | of one |
+        |----------------------------------|----------------|--------|----------------|--------|
+        | norm before the mixer            | 1              | 1      | 1              | 1      |
+        | q, k, v, gate                    | 3 + 2          | 1 + 1  | 4              | 1      |
+        | silu of q, k, v                  | -              | -      | 3              | 3      |
+        | log gate, step                   | 2              | 2      | 2              | 2      |
+        | output gate, norm, out, residual | 4              | 4      | 3              | 3      |
+        | norm, gate, up, silu, product    | 5              | 4      | 5              | 4      |
+        | down, residual                   | 2              | 2      | 2              | 2      |
+        | all                              | 19             | 15     | 20             | 16     |
+
+    Around the layers are the embedding and its scale, the last norm, the head, the draw (one kernel
+    if greedy), the counts of places and four for x and u.
+
+    Args:
+        lm: the model, in evaluation mode.
+        token: x, (N,) int64, drawn but not read yet.
+        state: S of N sequences; it is used up.
+        sampler: of N rows, started.
+        room: the most tokens to come; softmax attention keeps room for them where steps are
+            captured, and each step then reads all of that room.
+        vocab: ids below it may be drawn; None: all that the model has.
+        block: the most steps of one `run`.
+        read: `lm.step` or a compiled form of it; None: lm.step.
+    """
+
+    def __init__(
+        self,
+        lm: LM,
+        token: Tensor,
+        state: LMState,
+        sampler: Sampler,
+        room: int,
+        vocab: int | None = None,
+        block: int = BLOCK,
+        read: Callable[[Tensor, LMState], Tensor] | None = None,
+    ) -> None:
+        self.lm, self.state, self.sampler, self.vocab = lm, state, sampler, vocab
+        self.room, self.block, self.read = room, block, read  # of room, what is left
+        N, device = len(token), token.device
+        self.captured = captures(device)
+        # what a captured or compiled step is told of the longest row: all that there is room for
+        self._most = state.longest + room if self.captured or read is not None else None
+        if self._most is not None:
+            reserve(lm, state, self._most)
+        self._joined = Joined(lm) if self.captured and N == 1 else nullcontext()
+        self._token = token.clone()
+        self._u = torch.zeros(N, block, device=device)
+        self._made = torch.zeros(N, block, device=device, dtype=torch.int64)
+        self._slot = torch.zeros(1, device=device, dtype=torch.int64)
+        self._graph = Graph(device) if self.captured else None
+
+    @torch.inference_mode()
+    def run(self, n: int) -> list[list[int]]:
+        """Take n steps, at most `block`; returns n lists of the N tokens. Waits for the device."""
+        state = self.state
+        place = state.position[:, None] + torch.arange(1, n + 1, device=self._u.device)
+        self._u[:, :n] = self.sampler.uniform(place)
+        self._slot.zero_()
+        self.room -= n
+        for _ in range(n):
+            longest = state.longest + 1
+            if self._graph is None:
+                self._once()
+            else:
+                self._graph(self._once)
+            state.longest = longest  # a replay does not tell the host
+        made: list[list[int]] = self._made[:, :n].T.tolist()
+        return made
+
+    def keep(self, stay: Sequence[int]) -> "Stepper":
+        """A stepper of the rows at the indices `stay` alone."""
+        index = to_device(torch.tensor(stay), self._token.device)
+        state, sampler = take(self.state, index), self.sampler.keep(index)
+        rest = self.room, self.vocab, self.block, self.read
+        return Stepper(self.lm, self._token[index], state, sampler, *rest)
+
+    def rest(self, ended: Sequence[int]) -> None:
+        """Rows that go on only as part of a captured step: from place 0, so that they never run
+        out of learned positions."""
         if ended:
-            rows, tokens, state = _keep(alive, rows, tokens, state)
-        hidden = lm.step(tokens, state)
+            self.state.position[to_device(torch.tensor(ended), self._token.device)] = 0
+
+    def _once(self) -> None:
+        if self._most is not None:
+            self.state.longest = self._most - 1
+        with self._joined:
+            hidden = (self.read or self.lm.step)(self._token, self.state)
+        u = self._u.index_select(1, self._slot).squeeze(1)
+        token = self.sampler.draw(self.lm.logits(hidden)[:, : self.vocab], u)  # (1)
+        self._token.copy_(token)
+        self._made.index_copy_(1, self._slot, token[:, None])
+        self._slot += 1
 
 
-def _keep(
-    alive: list[int], rows: list[int], of_rows: Tensor, state: LMState
-) -> tuple[list[int], Tensor, LMState]:
-    """What is left of a batch: its rows at the indices `alive`."""
-    index = to_device(torch.tensor(alive, dtype=torch.int64), of_rows.device)
+class Graph:
+    """A call without arguments, done WARM times as it is, then captured once and replayed.
+
+    All that it reads and writes must stay where it is. The call is not kept, which would keep its
+    owner, and all the memory of this graph, until Python looks for cycles.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._left = WARM
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, call: Callable[[], None]) -> None:
+        """Do `call`, the same one every time."""
+        with torch.cuda.device(self._device):
+            if self._graph is None and self._left == 0:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, stream=self._stream):
+                    call()  # recorded, not done
+            if self._graph is not None:
+                self._graph.replay()
+                return
+            self._left -= 1
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            with torch.cuda.stream(self._stream):
+                call()
+            here.wait_stream(self._stream)
+
+
+def captures(device: torch.device) -> bool:
+    """Whether steps on this device are captured."""
+    return device.type == "cuda"
+
+
+def take(state: LMState, index: Tensor) -> LMState:
+    """The state of the sequences at index (n,) int64, which may repeat."""
     layers = [{name: part[index] for name, part in layer.items()} for layer in state.layers]
-    kept = LMState(layers, state.position[index], state.longest)
-    return [rows[i] for i in alive], of_rows[index], kept
+    return LMState(layers, state.position[index], state.longest)
+
+
+def reserve(lm: LM, state: LMState, capacity: int) -> None:
+    """Make room for `capacity` tokens of each sequence, in place, as `lm.initial_state` does."""
+    for layer, like in zip(
+        state.layers, lm.initial_state(0, capacity=capacity).layers, strict=True
+    ):
+        for name, part in layer.items():
+            more = like[name].shape[1] - part.shape[1] if part.ndim > 1 else 0
+            if more > 0:
+                layer[name] = F.pad(part, [0, 0] * (part.ndim - 2) + [0, more])

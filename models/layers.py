@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glactl.kernels.backend import HAS_TRITON, PROVEN
+from glactl.models.joined import products
 
 State = dict[str, Tensor]  # of one layer; the sequences come first in every tensor
 
@@ -304,8 +305,13 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        y: Tensor = self.down(self.act(self.gate(x)) * self.up(x))  # (5)
+        gate, up = products(x, self.gate, self.up)
+        y: Tensor = self.down(self.act(gate) * up)  # (5)
         return y
+
+    def together(self) -> list[nn.Linear]:
+        """Products of the same input; see `glactl.models.joined`."""
+        return [self.gate, self.up]
 
     @staticmethod
     def cost(d: int, hidden: int) -> Cost:

@@ -24,8 +24,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from glactl.models.decode import Sampler, Sampling, decode, prefill
+from glactl.models.decode import decode, prefill
 from glactl.models.lm import LM, token_losses
+from glactl.models.sampling import Sampler, Sampling
 from glactl.tasks.stream import TextStream, prompt_ids
 
 if TYPE_CHECKING:

@@ -15,6 +15,10 @@ take distinct ones, drawn in turn without replacement with probabilities
 so that most queries come soon. A key's value is the target where the key stands again, and is not
 put into the row. All other places hold 0 or, with random_non_queries, a token of [0, V).
 
+A mixture is made of segments, each of rows of one length and number of pairs. An epoch has the
+segments in the order of the list; a batch whose rows have one length is a table of them, and one
+that reaches from one length into the next is packed, its rows end to end in one.
+
 Every draw has a number, and is that element of a SplitMix64 sequence,
 
     x_i = mix(start + i * 0x9E3779B97F4A7C15 mod 2^64)                                    (2)
@@ -31,22 +35,36 @@ Splittable Pseudorandom Number Generators", OOPSLA 2014, Fig. 17.
 
 import hashlib
 from collections.abc import Iterator
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from glactl.models.spec import Spec
 from glactl.tasks.task import Batch, RowOrder
 from glactl.tasks.tokenizer import Tokenizer
 
 GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+Split = Literal["train", "valid"]
+SPLITS: tuple[Split, Split] = ("train", "valid")
 TABLE = 2**21  # entries of the largest table of choices: what a batch needs beside itself
 
 
+class Segment(Spec):
+    """Rows of one kind in a mixture."""
+
+    seq_len: int = Field(ge=1)
+    pairs: int = Field(ge=1)
+    rows: int = Field(ge=1)
+
+
 class MQARSpec(Spec):
-    """Multi-query associative recall; the defaults are Zoology's Figure 2 at its shortest."""
+    """Multi-query associative recall; the defaults are Zoology's Figure 2 at its shortest.
+
+    train and valid make a mixture, both or neither; seq_len and pairs are then the largest of both,
+    n_train and n_valid the sums of rows, and are filled in.
+    """
 
     kind: Literal["mqar"] = "mqar"
     vocab_size: int = Field(8192, ge=1)  # tokens; more than seq_len
@@ -56,22 +74,61 @@ class MQARSpec(Spec):
     n_valid: int = Field(3_000, ge=1)
     power_a: float = Field(0.01, gt=0)  # (1): small asks soon, 1 anywhere
     random_non_queries: bool = False  # fill with random tokens instead of 0
+    train: tuple[Segment, ...] | None = Field(None, min_length=1)
+    valid: tuple[Segment, ...] | None = Field(None, min_length=1)
+    shuffle: bool = True  # the rows of a segment stand in another order in every epoch
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """The fields that follow from a mixture; what is wrong with its segments is said later."""
+        if not isinstance(data, dict) or not (data.get("train") and data.get("valid")):
+            return data
+        try:
+            train, valid = (
+                [Segment.model_validate(part) for part in data[name]] for name in ("train", "valid")
+            )
+        except (TypeError, ValidationError):
+            return data
+        follows = {
+            "seq_len": max(part.seq_len for part in train + valid),
+            "pairs": max(part.pairs for part in train + valid),
+            "n_train": sum(part.rows for part in train),
+            "n_valid": sum(part.rows for part in valid),
+        }
+        for name, value in follows.items():
+            if data.get(name, value) != value:
+                raise ValueError(
+                    f"{name} is {data[name]}, but the segments of train and valid make it {value}; "
+                    "allowed: to leave it out"
+                )
+        return data | follows
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.seq_len % 2:
-            raise ValueError(f"seq_len {self.seq_len} is odd; allowed: even numbers")
-        if 4 * self.pairs > self.seq_len:
-            raise ValueError(
-                f"pairs {self.pairs} do not fit seq_len {self.seq_len}; allowed: at most a quarter "
-                f"of it, {self.seq_len // 4}"
-            )
+        if (self.train is None) != (self.valid is None):
+            lone = "train" if self.valid is None else "valid"
+            raise ValueError(f"{lone} has segments alone; allowed: train and valid, or neither")
+        for part in [*self.segments("train"), *self.segments("valid")]:
+            if part.seq_len % 2:
+                raise ValueError(f"seq_len {part.seq_len} is odd; allowed: even numbers")
+            if 4 * part.pairs > part.seq_len:
+                raise ValueError(
+                    f"pairs {part.pairs} do not fit seq_len {part.seq_len}; allowed: at most a "
+                    f"quarter of it, {part.seq_len // 4}"
+                )
         if self.vocab_size <= self.seq_len:
             raise ValueError(
                 f"vocab_size {self.vocab_size} is too small; allowed: more than "
                 f"seq_len {self.seq_len}"
             )
         return self
+
+    def segments(self, split: Split) -> tuple[Segment, ...]:
+        """Those of a split; one where there is no mixture."""
+        mixture = self.train if split == "train" else self.valid
+        rows = self.n_train if split == "train" else self.n_valid
+        return mixture or (Segment(seq_len=self.seq_len, pairs=self.pairs, rows=rows),)
 
 
 class MQARTask:
@@ -89,71 +146,129 @@ class MQARTask:
     def __init__(self, spec: MQARSpec, seed: int) -> None:
         self.spec, self.seed = spec, seed
         self.vocab_size, self.n_train = spec.vocab_size, spec.n_train
-        self._order = RowOrder(spec.n_train, seed)
+        parts = spec.segments("train")
+        self._first = np.cumsum([0, *(part.rows for part in parts)])  # row of each segment; n_train
+        self._orders = [RowOrder(part.rows, seed) for part in parts]
         # The rows follow from the settings and this code; the first ones stand for the code.
-        digest = hashlib.sha256(f"{spec.model_dump_json()} {seed}".encode())
-        for split in ("train", "valid"):
-            for part in make_rows(spec, seed, split, np.arange(16)):
-                digest.update(part.tobytes())
+        # A field of the mixture at its default is left out: it changes no fingerprint.
+        later = {name for name in ("train", "valid") if getattr(spec, name) is None}
+        later |= {"shuffle"} if spec.shuffle else set()
+        digest = hashlib.sha256(f"{spec.model_dump_json(exclude=later)} {seed}".encode())
+        for split in SPLITS:
+            for segment in range(len(spec.segments(split))):
+                for part in make_rows(spec, seed, split, np.arange(16), segment):
+                    digest.update(part.tobytes())
         self.fingerprint = digest.hexdigest()
 
     def train_batch(self, index: int, batch_size: int) -> Batch:
-        """Rows index * batch_size and following of the epochs, each epoch in an order of its own.
+        """Rows index * batch_size and following of the epochs.
+
+        In every epoch the segments stand in their order; the rows of one in another order each
+        time, or as they are numbered where the spec has shuffle false.
 
         Returns:
-            tokens and targets (batch_size, seq_len), and pairs (batch_size,).
+            tokens and targets (batch_size, L) where the rows have one length L, or (1, sum of L),
+            packed, with cu_seqlens; pairs and lengths (batch_size,).
         """
-        return self._batch("train", self._order.rows(index, batch_size))
+        at = index * batch_size + np.arange(batch_size)
+        epoch, place = np.divmod(at, self.n_train)
+        segment = np.searchsorted(self._first, place, side="right") - 1
+        cuts = np.flatnonzero(np.diff(segment) | np.diff(epoch)) + 1
+        parts = []
+        for rows in np.split(np.arange(batch_size), cuts):
+            i, first = int(segment[rows[0]]), int(place[rows[0]])
+            numbers = first - self._first[i] + np.arange(len(rows))
+            if self.spec.shuffle:
+                numbers = self._orders[i].of(int(epoch[rows[0]]), numbers)
+            parts.append(self._batch("train", i, numbers))
+        return _joined(parts)
 
     def valid_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The n_valid rows of the validation split, which no seed shares with training."""
-        for start in range(0, self.spec.n_valid, batch_size):
-            stop = min(start + batch_size, self.spec.n_valid)
-            yield self._batch("valid", np.arange(start, stop))
+        """The n_valid rows of the validation split, which no seed shares with training.
+
+        A batch has rows of one segment, and no more tokens than batch_size of the longest rows
+        that are trained on, unless one row has; the last of each may be smaller.
+        """
+        longest = max(part.seq_len for part in self.spec.segments("train"))
+        for i, part in enumerate(self.spec.segments("valid")):
+            size = max(1, min(batch_size, batch_size * longest // part.seq_len))
+            for start in range(0, part.rows, size):
+                rows = np.arange(start, min(start + size, part.rows))
+                yield self._batch("valid", i, rows)
 
     def floors(self) -> dict[str, float]:
         """None: the rows are no text to be compressed."""
         return {}
 
-    def _batch(self, split: Literal["train", "valid"], rows: np.ndarray) -> Batch:
-        tokens, targets = map(torch.from_numpy, make_rows(self.spec, self.seed, split, rows))
-        pairs = torch.full((len(rows),), self.spec.pairs)
-        return Batch(tokens=tokens, targets=targets, pairs=pairs)
+    def _batch(self, split: Split, segment: int, rows: np.ndarray) -> Batch:
+        made = make_rows(self.spec, self.seed, split, rows, segment)
+        part = self.spec.segments(split)[segment]
+        return Batch(
+            tokens=torch.from_numpy(made[0]),
+            targets=torch.from_numpy(made[1]),
+            pairs=torch.full((len(rows),), part.pairs),
+            lengths=torch.full((len(rows),), part.seq_len),
+        )
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    """One batch of the rows of all, packed where their lengths differ."""
+    if len(parts) == 1:
+        return parts[0]
+    pairs = torch.cat([part.pairs for part in parts if part.pairs is not None])
+    lengths = torch.cat([part.lengths for part in parts if part.lengths is not None])
+    tables = [[part.tokens for part in parts], [part.targets for part in parts]]
+    if len(lengths.unique()) == 1:
+        tokens, targets = map(torch.cat, tables)
+        return Batch(tokens, targets, pairs=pairs, lengths=lengths)
+    tokens, targets = (torch.cat([t.flatten() for t in table])[None] for table in tables)
+    bounds = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+    bounds[1:] = lengths.cumsum(0)
+    return Batch(tokens, targets, cu_seqlens=bounds, pairs=pairs, lengths=lengths)
 
 
 def make_rows(
-    spec: MQARSpec, seed: int, split: Literal["train", "valid"], rows: np.ndarray
+    spec: MQARSpec, seed: int, split: Split, rows: np.ndarray, segment: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a split with the numbers `rows`.
 
     Args:
-        spec: the distribution; n_train and n_valid have no influence.
+        spec: the distribution; numbers of rows have no influence.
         seed: at least 0.
-        split: one of two sequences of rows without end.
+        split: one of two sequences of rows without end; a mixture has two for each segment.
         rows: (B,) integers, each at least 0, in any order.
+        segment: of the mixture, from 0.
 
     Returns:
         tokens (B, L) int64 and targets (B, L) int64, -100 where nothing is asked.
 
     Cost: O(B (L + V + n)) time, in blocks of which each needs at most about 2 TABLE numbers.
     """
-    L, V = spec.seq_len, spec.vocab_size
-    sequence = np.random.SeedSequence((seed, int(split == "valid")))
+    part, V = spec.segments(split)[segment], spec.vocab_size
+    L = part.seq_len
+    which = () if spec.train is None else (1 + segment,)
+    sequence = np.random.SeedSequence((seed, int(split == "valid"), *which))
     start = sequence.generate_state(1, np.uint64)[0]
     tokens = np.zeros((len(rows), L), np.int64)
     targets = np.full((len(rows), L), -100, np.int64)
     block = max(1, TABLE // max(V, L))
     for at in range(0, len(rows), block):
-        part = slice(at, at + block)
-        _fill(spec, start, rows[part].astype(np.uint64), tokens[part], targets[part])
+        cut = slice(at, at + block)
+        numbers = rows[cut].astype(np.uint64)
+        _write(spec, part.pairs, start, numbers, tokens[cut], targets[cut])
     return tokens, targets
 
 
-def _fill(
-    spec: MQARSpec, start: np.uint64, rows: np.ndarray, tokens: np.ndarray, targets: np.ndarray
+def _write(
+    spec: MQARSpec,
+    n: int,
+    start: np.uint64,
+    rows: np.ndarray,
+    tokens: np.ndarray,
+    targets: np.ndarray,
 ) -> None:
     """Write the given rows into tokens (B, L), which is zero, and targets, which is -100."""
-    L, V, n = spec.seq_len, spec.vocab_size, spec.pairs
+    L, V = tokens.shape[1], spec.vocab_size
     slots = (L - 2 * n) // 2
     # As many draws a row whatever is used of them: n keys, n values, the slots, L fillings.
     first = rows * np.uint64(2 * n + slots + L)

@@ -17,8 +17,9 @@ class Batch:
     tokens (B, T) int64; targets (B, T) int64, targets[b, t] being what follows tokens[b, t], and
     -100 where nothing is asked. n_bytes: the bytes of UTF-8 text that the targets stand for, where
     the task counts them. cu_seqlens (N+1,) int32, where the rows are made of N packed documents:
-    their bounds in the B T tokens laid end to end; every row begins a document. pairs (B,) int64:
-    of associative recall, the key-value pairs of each row.
+    their bounds in the B T tokens laid end to end; every row begins a document. Of associative
+    recall, pairs and lengths (B,) int64 are the key-value pairs and the tokens of each row, or
+    (N,), of each document, where rows of several lengths are packed.
     """
 
     tokens: Tensor
@@ -26,6 +27,7 @@ class Batch:
     n_bytes: int | None = None
     cu_seqlens: Tensor | None = None
     pairs: Tensor | None = None
+    lengths: Tensor | None = None
 
 
 class Task(Protocol):
@@ -48,7 +50,7 @@ class Task(Protocol):
         """
 
     def valid_batches(self, batch_size: int) -> Iterator[Batch]:
-        """The whole validation split in order, each target once; the last batch may be smaller."""
+        """The whole validation split in order, each target once; a batch may be smaller."""
 
     def floors(self) -> dict[str, float]:
         """What simple compressors reach on the validation split, bits per byte; {} if not text."""
@@ -71,8 +73,12 @@ class RowOrder:
         found = np.empty(batch_size, np.int64)
         for epoch in np.unique(at // self.n):
             inside = at // self.n == epoch
-            found[inside] = self._epoch(int(epoch))[at[inside] % self.n]
+            found[inside] = self.of(int(epoch), at[inside] % self.n)
         return found
+
+    def of(self, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The rows at these places, each from 0 to n - 1, of an epoch."""
+        return self._epoch(epoch)[places]
 
     def _epoch(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:

@@ -28,6 +28,7 @@ from pydantic import BeforeValidator, Field
 
 from glactl.models.mixers.abc import ABC
 from glactl.models.mixers.attention import Attention
+from glactl.models.mixers.conv import Conv
 from glactl.models.mixers.gla import GLA
 from glactl.models.mixers.gsa import GSA
 from glactl.models.mixers.hgrn2 import HGRN2
@@ -48,6 +49,7 @@ _Spec: TypeAlias = (
     | HGRN2.Spec  # HGRN2
     | ABC.Spec  # attention with bounded memory control
     | Mamba.Spec  # Mamba's selective scan
+    | Conv.Spec  # a gated short convolution, for hybrids
 )
 
 MIXERS = get_args(_Spec)

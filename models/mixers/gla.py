@@ -28,6 +28,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from glactl.models import spec
+from glactl.models.joined import products
 from glactl.models.layers import Cost, RMSNorm, linear_cost, log_gate
 from glactl.models.mixers import base
 from glactl.models.mixers.base import (
@@ -121,16 +122,21 @@ class GLA(base.Linear):
     def _project(
         self, x: Tensor, place: Tensor | None, shared: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = (part(x).unflatten(-1, (self.groups, -1)) for part in (self.k, self.v))
+        q, k, v, *low = products(x, *self.together())
+        q = q.unflatten(-1, (self.heads, -1))
+        k, v = (part.unflatten(-1, (self.groups, -1)) for part in (k, v))
         if self.features is not None:
             q, k = self.features(q), self.features(k)  # (1)
-        return q, k, v, self._gate(x)
+        return q, k, v, self._gate(x, *low)
 
-    def _gate(self, x: Tensor) -> Tensor | None:
-        """log a: (..., kv_heads, K), (..., kv_heads), (kv_heads,) or None."""
-        if self.kind == "key":
-            a = self.gate_up(self.gate_down(x)).unflatten(-1, (self.groups, -1))
+    def together(self) -> list[nn.Linear]:
+        """Products of the same input; see `glactl.models.joined`."""
+        return [self.q, self.k, self.v, *([self.gate_down] if self.kind == "key" else [])]
+
+    def _gate(self, x: Tensor, low: Tensor | None = None) -> Tensor | None:
+        """log a: (..., kv_heads, K), (..., kv_heads), (kv_heads,) or None; low is W_1 x of (2)."""
+        if low is not None:
+            a = self.gate_up(low).unflatten(-1, (self.groups, -1))
             return log_gate(a, self.normalizer)  # (2)
         if self.kind == "scalar":
             return log_gate(self.gate(x), self.normalizer)  # (5)

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from glactl.kernels import gla_step, gsa_step
 from glactl.kernels.compiled import gla, gsa
 from glactl.models import spec
+from glactl.models.joined import products
 from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate, wide
 from glactl.models.mixers import base
 from glactl.models.mixers.base import ALONE, Depth, fixed_decay, mixing_cost
@@ -165,12 +166,17 @@ class GSA(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (..., heads, D), k and v (..., kv_heads, D), log a (..., kv_heads, M)."""
-        q = F.silu(self.q(x)).unflatten(-1, (self.heads, -1))
+        q, k, v, a = products(x, *self.together())
+        q = F.silu(q).unflatten(-1, (self.heads, -1))
         k, v, a = (
             part.unflatten(-1, (self.groups, -1))
-            for part in (F.silu(self.k(x)), F.silu(self.v(x)), self.gate(x))  # (1)
+            for part in (F.silu(k), F.silu(v), a)  # (1)
         )
         return q, k, v, log_gate(a, self.normalizer)  # (2)
+
+    def together(self) -> list[nn.Linear]:
+        """Products of the same input; see `glactl.models.joined`."""
+        return [self.q, self.k, self.v, self.gate]
 
     def _read(self, o: Tensor) -> Tensor:
         y: Tensor = self.out(self.norm(o.flatten(-2), swish=True))  # (4)

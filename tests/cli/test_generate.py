@@ -2,12 +2,16 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from glactl.cli import app
-from glactl.generate import generate, read_prompts
-from glactl.models.decode import Sampling
+from glactl.generate import generate
 from glactl.models.lm import LMSpec, build_lm
+from glactl.models.sampling import Sampling
+from glactl.prompts import read_prompts
+from glactl.run import Position
+from glactl.states import load_past, save_past
 from glactl.tasks.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -140,6 +144,14 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
         (["--temperature", "-1"], "error: temperature is -1.0; allowed: 0 or more"),
         (["--top-k", "0"], "error: top_k is 0; allowed: 1 or more"),
         (["--top-p", "2"], "error: top_p is 2.0; allowed: more than 0, at most 1"),
+        (["--min-p", "2"], "error: min_p is 2.0; allowed: 0 to 1"),
+        (["--repetition-penalty", "0"], "error: repetition_penalty is 0.0; allowed: more than 0"),
+        (["--prefill-chunk", "0"], "error: prefill_chunk is 0; allowed: 1 or more"),
+        (["--state", "gone.st"], "error: no state at gone.st"),
+        (
+            ["-p", "a", "-p", "b", "--save-state", "s"],
+            "error: save_state keeps the state of one prompt; there are 2",
+        ),
         (["--max-tokens", "-3"], "error: max_tokens is -3; allowed: 0 or more"),
         (["--prompts", "gone.txt"], "error: no file of prompts at gone.txt"),
         (["nowhere"], "error: nowhere is not a run folder"),
@@ -186,3 +198,102 @@ def test_a_text_ends_where_another_one_would_begin(end):
         lm.head.weight[getattr(TOKENIZER, end)] = 1e3 * lm(torch.tensor([[120]]))[0][0, -1]
     made = generate(lm, TOKENIZER, ["x"], 9)
     assert (made.tokens, made.texts) == (1, [""])
+
+
+def test_pieces_of_prompts_and_a_check(glactl, byte_run):
+    args = ("generate", byte_run.path, "-p", "The heron stands", "-n", 9, "--temperature", 0)
+    whole = glactl(*args)
+    done = glactl(*args, "--prefill-chunk", 3, "--check")
+    assert done.stdout == whole.stdout
+    (line,) = [x for x in done.stderr.splitlines() if x.startswith("check: ")]
+    assert "steps and one forward pass over 16 tokens differ by " in line
+    assert float(line.split(" differ by ")[1].split()[0]) < 1e-5  # fp32, untrained
+    assert "check" not in whole.stderr
+
+
+@pytest.mark.parametrize("penalty", [1.0, 3.0])
+@pytest.mark.parametrize("mixer", ["attention", "gla", "gsa"])
+def test_a_saved_state_goes_on_as_the_text_itself(mixer, penalty, tmp_path):
+    """fp64: the same tokens, drawn by the same numbers, wherever the text was cut."""
+    lm, kept = build(mixer, short_conv=3), tmp_path / "kept"
+    sampling = Sampling(0.9, seed=4, repetition_penalty=penalty)
+    more = [" stands", "", " and", "!"]
+    expected = generate(lm, TOKENIZER, [f"The heron{text}" for text in more], 12, sampling)
+    generate(lm, TOKENIZER, ["The heron"], 3, keep=lambda past: save_past(kept, past, "of this"))
+    past = load_past(kept, lm, "of this")
+    for _ in range(2):  # using it does not use it up
+        made = generate(lm, TOKENIZER, more, 12, sampling, past=past, piece=5)
+        assert made.texts == expected.texts
+        assert made.prompt_tokens == 12
+    longest = generate(
+        lm, TOKENIZER, [more[0]], 0, keep=lambda p: save_past(kept, p, ""), past=past
+    )
+    assert longest.state_bytes > 0
+    again = load_past(kept, lm, "")
+    made = generate(lm, TOKENIZER, [""], 12, sampling, past=again)
+    assert made.texts == expected.texts[:1]
+
+
+def test_a_state_of_another_checkpoint(tmp_path):
+    lm, kept = build("gla"), tmp_path / "kept"
+    generate(lm, TOKENIZER, ["x"], 0, keep=lambda past: save_past(kept, past, "a" * 64))
+    with pytest.raises(
+        ValueError, match=r"is a state of checkpoint a{12}; allowed: b{12}, the one"
+    ):
+        load_past(kept, lm, "b" * 64)
+    kept.write_bytes(b"something else")
+    with pytest.raises(ValueError, match="kept is not a state: "):
+        load_past(kept, lm, "a" * 64)
+    save_file({"x": torch.zeros(1)}, kept)
+    with pytest.raises(ValueError, match="kept is not a state that --save-state wrote"):
+        load_past(kept, lm, "a" * 64)
+
+
+def test_states_on_the_command_line(glactl, byte_run):
+    options = ("-n", 9, "--seed", 3)
+    whole = glactl("generate", byte_run.path, "-p", "The heron stands", *options)
+    first = glactl("generate", byte_run.path, "-p", "The heron", "-n", 0, "--save-state", "a/b")
+    assert first.exit_code == 0, first.stderr
+    done = glactl("generate", byte_run.path, "--state", "a/b", "-p", " stands", *options)
+    assert done.exit_code == 0, done.stderr
+    assert f"The heron{done.stdout}" == whole.stdout
+    assert "prefill 7 tokens" in done.stderr
+    model = build_lm(byte_run.spec.model, 1)
+    at = Position(0, 40, "toy", step=4)
+    byte_run.save_checkpoint(model, torch.optim.AdamW(model.parameters()), at)
+    done = glactl("generate", byte_run.path, "--state", "a/b", "-p", " stands", *options)
+    assert done.exit_code == 2
+    assert "error: a/b is a state of checkpoint " in done.stderr
+
+
+def test_texts_go_to_a_file_that_a_second_command_goes_on_with(
+    glactl, byte_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("glactl.generate.BATCH", 2)
+    (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(f"text {i}") for i in range(5)))
+    args = ("generate", byte_run.path, "--prompts", "p.jsonl", "-n", 6, "--seed", 2)
+    expected = [json.loads(line) for line in glactl(*args, "--json").stdout.splitlines()]
+    done = glactl(*args, "--out", "made/texts.jsonl")
+    assert (done.exit_code, done.stdout) == (0, ""), done.stderr
+    file = tmp_path / "made" / "texts.jsonl"
+    whole = file.read_text()
+    rows = [json.loads(line) for line in whole.splitlines()]
+    assert [{k: row[k] for k in ("prompt", "text")} for row in rows] == expected
+    lines = whole.splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) + lines[3][:20])  # killed within a line
+    done = glactl(*args, "--out", "made/texts.jsonl")
+    assert "made/texts.jsonl has 3 of 5 texts" in done.stderr
+    assert "in 2 row(s)" in done.stderr
+    assert file.read_text() == whole
+    done = glactl(*args, "--out", "made/texts.jsonl")
+    assert (done.exit_code, file.read_text()) == (0, whole)
+    for change, message in (
+        (("--top-k", 3), "made/texts.jsonl:1: made by another checkpoint or with other options"),
+        (("-p", "x"), "made/texts.jsonl:1: its prompt is not prompt 1 of this command"),
+    ):
+        done = glactl(*args, "--out", "made/texts.jsonl", *change)
+        assert done.exit_code == 2
+        assert message in done.stderr
+    file.write_text('{"text": 1}\n')
+    assert "texts.jsonl:1: not a text that --out wrote" in glactl(*args, "--out", file).stderr
+    assert file.read_text() == '{"text": 1}\n'

@@ -1,8 +1,15 @@
+import importlib.util
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
-from glactl.models.decode import Sampler, Sampling, decode, prefill
+from glactl.models import decode as decoding
+from glactl.models.decode import Stepper, decode, prefill
+from glactl.models.joined import Joined
 from glactl.models.lm import LMSpec, build_lm
+from glactl.models.sampling import Sampler, Sampling
 
 VOCAB = 23
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [0, 22]]
@@ -15,12 +22,14 @@ def lm(request):
     return build_lm(spec, 0, dtype=torch.float64).eval()
 
 
-def continued(lm, prompts, tokens, sampling=None, rows=None, stop=lambda row, token: False):
+def continued(
+    lm, prompts, tokens, sampling=None, rows=None, stop=lambda row, token: False, block=16
+):
     hidden, state = prefill(lm, prompts)
-    sampler = Sampler(sampling or Sampling(), rows or range(len(prompts)))
+    sampler = Sampler(sampling or Sampling(), rows or range(len(prompts)), prompts)
     limits = [tokens] * len(prompts) if isinstance(tokens, int) else tokens
     made = [[] for _ in prompts]
-    for step in decode(lm, hidden, state, limits, sampler, stop):
+    for step in decode(lm, hidden, state, limits, sampler, stop, block=block):
         for row, token in step:
             made[row].append(token)
     return made
@@ -40,7 +49,10 @@ def test_greedy_decoding_of_ragged_prompts_equals_full_forward_passes(lm):
     assert continued(lm, PROMPTS, 8) == [naive(lm, prompt, 8) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.9, top_k=7, top_p=0.8, seed=5)])
+SAMPLINGS = [Sampling(), Sampling(0.9, None, 0.8, 5, min_p=0.05, repetition_penalty=1.5)]
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_a_row_does_not_depend_on_the_rows_beside_it(lm, sampling):
     # rows end at different times, so the batch is cut down while others go on
     limits = [9, 2, 5, 0]
@@ -58,6 +70,151 @@ def test_a_row_ends_where_stop_says_so(lm):
     assert [ended[0], *ended[2:]] == [free[0], *free[2:]]
 
 
+class Replayed:
+    """A call as a CUDA graph repeats it: all that it reads and writes stays where it is, and what
+    it tells the host when it is captured is all that it ever tells."""
+
+    def __init__(self, device):
+        self.places = None
+
+    @staticmethod
+    def _where(stepper):
+        state = stepper.state
+        parts = [part for layer in state.layers for part in layer.values()]
+        return [x.data_ptr() for x in (*parts, state.position, stepper._token)]
+
+    def __call__(self, call):
+        stepper = call.__self__
+        self.places = self.places or self._where(stepper)
+        call()
+        assert self._where(stepper) == self.places
+        stepper.state.longest = -1
+
+
+@pytest.mark.parametrize("block", [1, 3, 16])
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_blocks_and_captured_steps_change_nothing(lm, sampling, captured, block, monkeypatch):
+    free = continued(lm, PROMPTS, 30, sampling, block=1)
+    ends = free[2][10], free[0][17]
+
+    def stop(row, token):
+        return (row, token) in ((2, ends[0]), (0, ends[1]))
+
+    expected = [made[:] for made in free]
+    for row, end in ((2, ends[0]), (0, ends[1])):
+        expected[row] = free[row][: free[row].index(end) + 1]
+    expected[3] = free[3][:5]
+    if captured:
+        monkeypatch.setattr(decoding, "captures", lambda device: True)
+        monkeypatch.setattr(decoding, "Graph", Replayed)
+    assert continued(lm, PROMPTS, [30, 30, 30, 5], sampling, None, stop, block) == expected
+
+
+def test_captured_rows_that_have_ended_do_not_run_out_of_positions(monkeypatch):
+    """Row 0 may make 2 tokens, to the last position; the others go on with it for 20 more."""
+    spec = LMSpec(
+        d_model=16, n_layers=1, mixer="attention", vocab_size=VOCAB, init_std=0.3,
+        positions="learned", max_len=24,
+    )  # fmt: skip
+    lm = build_lm(spec, 0, dtype=torch.float64).eval()
+    prompts, limits = [[1] * 23, [2], [3], [4]], [2, 22, 22, 20]
+    expected = continued(lm, prompts, limits)
+    monkeypatch.setattr(decoding, "captures", lambda device: True)
+    monkeypatch.setattr(decoding, "Graph", Replayed)
+    seen = []
+    rest = Stepper.rest
+    monkeypatch.setattr(Stepper, "rest", lambda self, rows: (seen.append(rows), rest(self, rows)))
+    assert continued(lm, prompts, limits) == expected
+    assert [0] in seen
+
+
+@pytest.mark.parametrize("mixer", ["gla", "gsa", {"kind": "gla", "gate": "scalar"}], ids=str)
+def test_joined_products_are_the_products(mixer, monkeypatch):
+    """fp64; sums of 16 or 32 terms in another order."""
+    spec = LMSpec.model_validate(
+        {"d_model": 16, "n_layers": 2, "mixer": mixer, "vocab_size": VOCAB, "init_std": 0.3}
+    )
+    lm, token = build_lm(spec, 0, dtype=torch.float64).eval(), torch.tensor([3])
+    plain, ours = lm.initial_state(1), lm.initial_state(1)
+    names = {name for name, _ in lm.named_parameters()}
+    joined = Joined(lm)
+    for _ in range(5):
+        expected = lm.step(token, plain)
+        with joined, monkeypatch.context() as patch:
+            for block in lm.blocks:
+                for part in (block.mixer, block.ffn):
+                    for layer in part.together():
+                        patch.setattr(layer, "forward", None, raising=False)  # is not called
+            hidden = lm.step(token, ours)
+        torch.testing.assert_close(hidden, expected, rtol=1e-12, atol=1e-12)
+    assert {name for name, _ in lm.named_parameters()} == names
+    assert not any(hasattr(module, "joined") for module in lm.modules())
+
+
+@pytest.mark.parametrize(
+    ("mixer", "captured"), [("attention", False), ("attention", True), ("gla", True)]
+)
+def test_a_compiled_step_is_compiled_once(mixer, captured, monkeypatch):
+    """Captured or not: the longest row, which the host counts, is no part of the graph."""
+    torch.compiler.reset()
+    spec = LMSpec(d_model=16, n_layers=2, mixer=mixer, vocab_size=VOCAB, init_std=0.3)
+    lm = build_lm(spec, 0, dtype=torch.float64).eval()
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(decoding, "captures", lambda device: captured)
+    monkeypatch.setattr(decoding, "Graph", Replayed)
+    made = []
+    for read in (None, torch.compile(lm.step, backend=backend, fullgraph=True, dynamic=False)):
+        hidden, state = prefill(lm, [[1, 2, 3]])
+        with torch.inference_mode():
+            sampler = Sampler(Sampling(1.0), [0]).start(hidden.device, VOCAB)
+            first = sampler.draw(lm.logits(hidden), sampler.uniform(state.position))
+            stepper = Stepper(lm, first, state, sampler, 12, block=4, read=read)
+            made.append([token for _ in range(3) for token in stepper.run(4)])
+    assert made[0] == made[1]
+    assert len(graphs) == 1
+
+
+@pytest.mark.parametrize("piece", [1, 2, 5, 100])
+def test_prompts_in_pieces_are_the_prompts(lm, piece):
+    """Sums of a few hundred terms in fp64."""
+    whole, after = prefill(lm, PROMPTS)
+    hidden, state = prefill(lm, PROMPTS, piece)
+    torch.testing.assert_close(hidden, whole, rtol=1e-12, atol=1e-12)
+    assert state.longest == after.longest == 7
+    assert torch.equal(state.position, after.position)
+    for x, y in zip(state.layers, after.layers, strict=True):
+        for name in y:
+            part = x[name][:, : y[name].shape[1]] if y[name].ndim > 1 else x[name]
+            torch.testing.assert_close(part, y[name], rtol=1e-12, atol=1e-12)
+
+
+def test_prompts_continue_a_past(lm):
+    whole, after = prefill(lm, PROMPTS)
+    past = prefill(lm, [p[:1] for p in PROMPTS])
+    kept = {name: part.clone() for name, part in past[1].layers[0].items()}
+    hidden, state = prefill(lm, [p[1:] for p in PROMPTS], 3, past)  # the first of them is empty
+    torch.testing.assert_close(hidden, whole, rtol=1e-12, atol=1e-12)
+    assert torch.equal(state.position, after.position)
+    hidden, state = prefill(lm, [[]] * 4, past=past)
+    assert torch.equal(hidden, past[0])
+    list(decode(lm, hidden, state, [3] * 4, Sampler(Sampling(), range(4)), lambda *_: False))
+    assert all(torch.equal(past[1].layers[0][name], kept[name]) for name in kept)
+
+
+def test_a_draw_depends_on_the_place_and_not_on_how_it_was_reached(lm):
+    """Text made, read again as a prompt, goes on as it did."""
+    sampling = Sampling(1.0, seed=2)
+    made = continued(lm, PROMPTS, 9, sampling)
+    longer = [prompt + text[:4] for prompt, text in zip(PROMPTS, made, strict=True)]
+    assert continued(lm, longer, 5, sampling) == [text[4:] for text in made]
+
+
 def test_sampling_depends_on_the_seed_alone(lm):
     first = continued(lm, PROMPTS, 8, Sampling(1.0, seed=1))
     assert continued(lm, PROMPTS, 8, Sampling(1.0, seed=1)) == first
@@ -73,65 +230,67 @@ def test_vocab_limits_what_is_drawn(lm):
     assert {token for step in steps for _, token in step} == {0, 1}
 
 
-def draws(sampling, logits, n=4000):
-    """How often each token is drawn."""
-    z = torch.tensor([logits], dtype=torch.float64)
-    sampler = Sampler(sampling, range(n))
-    tokens = sampler(z.expand(n, -1), range(n))
-    return torch.bincount(tokens, minlength=len(logits)) / n
-
-
-P = [0.1, 0.4, 0.2, 0.3]
-LOGITS = torch.tensor(P).log().tolist()
-
-
 @pytest.mark.parametrize(
-    ("sampling", "expected"),
+    ("prompts", "piece", "message"),
     [
-        (Sampling(1.0), P),
-        (Sampling(0.5), [p**2 / 0.3 for p in P]),
-        (Sampling(1.0, top_k=2), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(1.0, top_k=1), [0, 1, 0, 0]),
-        (Sampling(1.0, top_k=100), P),
-        (Sampling(1.0, top_p=0.6), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(1.0, top_p=1e-9), [0, 1, 0, 0]),
-        # top_p is a share of what top_k has left: 0.4 and 0.3 are 0.78 of 0.9
-        (Sampling(1.0, top_k=3, top_p=0.75), [0, 4 / 7, 0, 3 / 7]),
-        (Sampling(), [0, 1, 0, 0]),
+        ([], 9, "prompts is empty"),
+        ([[1], []], 9, "prompt 1 is empty"),
+        ([[1]], 0, "piece is 0; allowed: 1 or more"),
     ],
-    ids=str,
 )
-def test_tokens_are_drawn_with_their_probability(sampling, expected):
-    # five standard errors of a share of 4,000 draws
-    assert torch.allclose(
-        draws(sampling, LOGITS),
-        torch.tensor(expected, dtype=torch.float32),
-        atol=5 * 0.5 / 4000**0.5,
+def test_prefill_needs_tokens(lm, prompts, piece, message):
+    with pytest.raises(ValueError, match=message):
+        prefill(lm, prompts, piece)
+
+
+def test_a_block_has_steps(lm):
+    with pytest.raises(ValueError, match="block is 0; allowed: 1 or more"):
+        continued(lm, PROMPTS, 3, block=0)
+
+
+def test_steps_are_compared_with_a_forward_pass(lm):
+    assert decoding.step_error(lm, PROMPTS[1]) < 1e-12
+    lm.blocks[0].conv.step = lambda x, state: x  # a step that is not the forward pass's
+    assert decoding.step_error(lm, PROMPTS[1]) > 1e-3
+
+
+def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
+    script = Path(__file__).resolve().parents[2] / "benchmarks" / "decode.py"
+    spec = importlib.util.spec_from_file_location("decode_benchmark", script)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    file = tmp_path / "decode.json"
+    options = {
+        "--device": "cpu", "--models": "gsa_340m", "--batches": "1,3", "--positions": "5,9",
+        "--tokens": "16", "--prefill": "40", "--piece": "16", "--write": str(file),
+    }  # fmt: skip
+    words = [word for option in options.items() for word in option]
+    monkeypatch.setattr("sys.argv", ["decode.py", "--tiny", *words])
+    benchmark.main()
+    rows = json.loads(file.read_text())["results"]
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == rows
+    timed = [(r["batch"], r["position"], r["sampling"]) for r in rows if "batch" in r]
+    first = [(n, 5, way) for n in (1, 3) for way in ("greedy", "temperature", "top_p")]
+    assert timed == [*first, (1, 9, "greedy"), (3, 9, "greedy")]
+    assert all(r["tokens_per_s"] > 0 for r in rows)
+    assert [r["prefill"] for r in rows if "prefill" in r] == [40]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("sampling", [*SAMPLINGS, Sampling(1.0, top_k=7)])
+@pytest.mark.parametrize("mixer", ["attention", "gla", "gsa"])
+def test_gpu_replays_the_steps(mixer, sampling, monkeypatch):
+    """Captured and plain steps launch the same kernels: the same tokens, to the last one."""
+    spec = LMSpec(d_model=64, n_layers=2, mixer=mixer, vocab_size=VOCAB, init_std=0.3)
+    lm = build_lm(spec, 0, "cuda", torch.bfloat16).eval()
+    limits = [60, 9, 40, 21]
+    replays = []
+    replay = torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(
+        torch.cuda.CUDAGraph, "replay", lambda self: (replays.append(1), replay(self))
     )
-
-
-def test_certain_tokens_are_drawn_always():
-    assert draws(Sampling(1.0), [0.0, 1000.0, -1000.0])[1] == 1
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"temperature": -1.0}, "temperature is -1.0; allowed: 0 or more"),
-        ({"temperature": float("nan")}, "temperature is nan; allowed: 0 or more"),
-        ({"top_k": 0}, "top_k is 0; allowed: 1 or more"),
-        ({"top_p": 0.0}, "top_p is 0.0; allowed: more than 0, at most 1"),
-        ({"top_p": 1.5}, "top_p is 1.5; allowed: more than 0, at most 1"),
-    ],
-)
-def test_sampling_out_of_range(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        Sampling(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "message"), [([], "prompts is empty"), ([[1], []], "prompt 1 is empty")]
-)
-def test_prefill_needs_tokens(lm, prompts, message):
-    with pytest.raises(ValueError, match=message):
-        prefill(lm, prompts)
+    captured = continued(lm, PROMPTS, limits, sampling)
+    assert len(replays) > 50
+    monkeypatch.setattr(decoding, "Graph", lambda device: lambda call: call())
+    assert continued(lm, PROMPTS, limits, sampling) == captured

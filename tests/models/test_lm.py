@@ -252,14 +252,14 @@ def test_gradients_flow_through_a_state():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mixer", KINDS)
+@pytest.mark.parametrize("mixer", [kind for kind in KINDS if kind != "conv"])  # it sees 2 back
 def test_small_models_learn_to_copy(mixer):
     """Half of a row is 8 of 16 tokens, the rest repeats it: only mixing along time can tell it.
 
     A model that knows nothing but the eight guesses one in eight.
     """
     data = {"d_model": 64, "n_layers": 2, "vocab_size": 16, "short_conv": 3, "init_std": 0.1}
-    heads = {"expand_ratio": 32} if mixer == "hgrn2" else {"heads": 2}
+    heads = {"hgrn2": {"expand_ratio": 32}, "mamba": {}}.get(mixer, {"heads": 2})
     spec = LMSpec.model_validate(data | {"mixer": {"kind": mixer} | heads})
     lm = build_lm(spec, 0)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=3e-3, betas=(0.9, 0.95))

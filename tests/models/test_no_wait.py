@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from glactl.models import varlen as packed_attention
-from glactl.models.decode import Sampler, Sampling, _keep, prefill
+from glactl.models.decode import Stepper, prefill
 from glactl.models.layers import layout
 from glactl.models.lm import LMSpec, build_lm, token_losses
 from glactl.models.mixers.attention import Attention
+from glactl.models.sampling import Sampler, Sampling
 
 META = torch.device("meta")
 MODELS = {
@@ -113,12 +114,15 @@ def test_states(lm, capacity):
 
 def test_decoding(lm):
     with torch.inference_mode():
-        hidden, state = prefill(lm, [[1, 2, 3], [4], [5, 6]])
+        hidden, state = prefill(lm, [[1, 2, 3], [4], [5, 6]], piece=4)
         assert state.longest == 3
-        new = Sampler(Sampling(0.8, top_k=5, top_p=0.9), [0, 1, 2])(lm.logits(hidden), [0, 1, 2])
-        rows, new, state = _keep([0, 2], [0, 1, 2], new, state)
-        assert rows == [0, 2]
-        assert lm.step(new, state).shape == (2, 64)
+        sampling = Sampling(0.8, top_k=5, top_p=0.9, min_p=0.1, repetition_penalty=1.2)
+        sampler = Sampler(sampling, [0, 1, 2]).start(META, 11)
+        new = sampler.draw(lm.logits(hidden), sampler.uniform(state.position))
+        stepper = Stepper(lm, new, state, sampler, room=9).keep([0, 2])
+        stepper.rest([1])
+        stepper._once()
+    assert stepper.state.position.shape == (2,)
 
 
 def test_bounds_on_the_device_stand_for_the_longest_sequence(engines):
