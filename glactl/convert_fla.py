@@ -79,6 +79,12 @@ def _write_fla(spec: LMSpec, **fields: Any) -> dict[str, Any]:
     return {"hidden_act": "swish", "norm_eps": spec.norm_eps, **fields}
 
 
+def _write_linear(spec: LMSpec, **fields: Any) -> dict[str, Any]:
+    """Of all kinds but the Transformer."""
+    constant = {"use_short_conv": False, "elementwise_affine": True, "attn": None}
+    return _write_fla(spec, **fields, **constant)
+
+
 def _heads(c: Config) -> dict[str, Any]:
     heads, kv = c.whole("num_heads"), c.get("num_kv_heads", default=None)
     return {"heads": heads, "kv_heads": None if kv == heads else kv}
@@ -130,7 +136,7 @@ def _write_gla(spec: LMSpec, m: Any) -> dict[str, Any]:
     need("mixer.gate", m.gate, "key", "key")
     need("mixer.gate_rank", m.gate_rank, FLA_GATE, str(FLA_GATE))
     need("mixer.gate_normalizer", m.gate_normalizer, FLA_GATE, str(FLA_GATE))
-    return _write_fla(
+    return _write_linear(
         spec,
         num_heads=m.heads,
         num_kv_heads=m.kv_heads,
@@ -141,9 +147,6 @@ def _write_gla(spec: LMSpec, m: Any) -> dict[str, Any]:
         use_gk=True,
         use_gv=False,
         clamp_min=None,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
     )
 
 
@@ -170,7 +173,7 @@ def _write_gsa(spec: LMSpec, m: Any) -> dict[str, Any]:
     need("mixer.decay", m.decay, "data", "data")
     need("mixer.read", m.read, "softmax", "softmax")
     whole = int(m.gate_normalizer)
-    return _write_fla(
+    return _write_linear(
         spec,
         num_heads=m.heads,
         num_kv_heads=m.kv_heads,
@@ -179,9 +182,6 @@ def _write_gsa(spec: LMSpec, m: Any) -> dict[str, Any]:
         feature_map="swish",
         use_output_gate=False,
         use_norm=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
     )
 
 
@@ -205,7 +205,7 @@ def _write_retnet(spec: LMSpec, m: Any) -> dict[str, Any]:
     need("mixer.kv_heads", m.groups, m.heads, "null")  # there the heads of a group differ in decay
     need("mixer.feature_map", m.feature_map, "none", "none")
     need("mixer.output_gate", m.output_gate, True, "true")
-    return _write_fla(
+    return _write_linear(
         spec,
         num_heads=m.heads,
         num_kv_heads=None,
@@ -213,9 +213,6 @@ def _write_retnet(spec: LMSpec, m: Any) -> dict[str, Any]:
         expand_v=m.expand_v,
         feature_map=None,
         use_output_gate=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
     )
 
 
@@ -235,14 +232,11 @@ def _read_hgrn2(c: Config) -> dict[str, Any]:
 def _write_hgrn2(spec: LMSpec, m: Any) -> dict[str, Any]:
     _no_learned_positions(spec)
     need("n_layers", min(spec.n_layers, 2), 2, "2 or more")
-    return _write_fla(
+    return _write_linear(
         spec,
         num_heads=spec.d_model // m.width(spec.d_model),
         expand_ratio=m.width(spec.d_model),
         use_lower_bound=True,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
     )
 
 
@@ -268,7 +262,7 @@ def _write_abc(spec: LMSpec, m: Any) -> dict[str, Any]:
     _no_learned_positions(spec)
     need("mixer.variant", m.variant, "rescaled", "rescaled")
     need("mixer.rope_theta", m.rope_theta, 10_000.0, "10000")
-    return _write_fla(
+    return _write_linear(
         spec,
         num_heads=m.heads,
         num_slots=m.slots,
@@ -277,9 +271,6 @@ def _write_abc(spec: LMSpec, m: Any) -> dict[str, Any]:
         clamp_min=-32,
         clamp_max=32,
         use_rope=spec.rope,
-        use_short_conv=False,
-        elementwise_affine=True,
-        attn=None,
     )
 
 

@@ -8,10 +8,12 @@ from typing import Literal, ParamSpec, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from glactl.kernels.checks import operand_dtype
+
 Backend = Literal["chunked", "reference", "triton"]
 # Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
-# code before: gla by its gate, gsa, the steps, the edges of a layer.
-PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step", "edges"})
+# code before: gla by its gate, gsa, the steps.
+PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step"})
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant to torch.compile
 # The widest heads that were held so where operands are fp32 (fp32 and fp16 inputs). A model with K
 # 256 in fp32 and a scalar decay ended in an illegal memory access there (Triton 3.6).
@@ -46,7 +48,7 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
 
 def proven_width(operator: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether heads of this width were held against fp64 in the operands' precision."""
-    bf16 = q.dtype == k.dtype == v.dtype == torch.bfloat16
+    bf16 = operand_dtype(q, k, v) == torch.bfloat16
     return bf16 or q.shape[3] <= PROVEN_FP32[operator]
 
 

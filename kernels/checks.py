@@ -108,6 +108,11 @@ def check_state(name: str, state: Tensor, dtype: torch.dtype) -> None:
         raise ValueError(f"{name} is of {state.dtype}; allowed: {dtype} beside these inputs")
 
 
+def operand_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
+    """What the Triton engines multiply: bf16 if all of q, k, v are, else fp32."""
+    return torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+
+
 def state_dtype(*inputs: Tensor) -> torch.dtype:
     """fp32, or fp64 where one of the inputs is."""
     dtype = torch.float32

@@ -28,6 +28,7 @@ from glactl.kernels.checks import (
     check_initial,
     check_state,
     check_tensors,
+    operand_dtype,
     state_dtype,
 )
 from glactl.kernels.chunked import chunked
@@ -95,7 +96,7 @@ def _fits_triton(q: Tensor, k: Tensor, v: Tensor, slots: Tensor | None, asked: b
     """Whether the Triton engine takes these inputs."""
     if slots is None or not (asked or ("gsa" in PROVEN and proven_width("gsa", q, k, v))):
         return False
-    from glactl.kernels.triton_gsa import MOST_SLOTS, operand_dtype
+    from glactl.kernels.triton_gsa import MOST_SLOTS
 
     most = MOST_SLOTS[operand_dtype(q, k, v)]
     rows = q.shape[0] * q.shape[1]

@@ -20,9 +20,10 @@ from glactl.kernels import triton_gla_backward as backward_kernels
 from glactl.kernels import triton_gla_forward as forward_kernels
 from glactl.kernels import triton_gla_strong as strong_kernels
 from glactl.kernels import triton_walks as walks
+from glactl.kernels.checks import operand_dtype
 from glactl.kernels.triton_launch import launch, signature
 from glactl.kernels.triton_layout import BLOCK, CHUNK, cut
-from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
+from glactl.kernels.triton_walks import Tile, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
 
 EACH = 8  # chunks that a program of `prepare_exact` looks at
@@ -93,12 +94,6 @@ class Plan(walks.Plan):
     tiles: Tiles
     g: Tensor
 
-    @property
-    def limit(self) -> float:
-        """Decay in nats up to which one product is used: e^64 is safe in bf16 and fp32, and fp32
-        results need the running sums exact to 1e-6."""
-        return 128.0 if self.split else 16.0
-
 
 def plan(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor, scale: float, cu_seqlens: Tensor | None,
@@ -113,7 +108,7 @@ def plan(
     walkers = H * (V // rule.sweep.V)
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
     number = signature(q.device, H, HQ, K, V, q.dtype, k.dtype, v.dtype, g.dtype)
-    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, number, g)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, number, rule, g)
 
 
 def operands(p: Plan, want_sums: bool) -> tuple[Tensor, ...]:
@@ -164,8 +159,8 @@ def backward(
     dv, dstates, ds0 = walk_back(p, qh, kh, a, ge, do, dfinal, states, want_initial)
 
     t = p.tiles.states
-    da = p.new(nb, HQ, 1 + p.split, BLOCK, BLOCK)
-    kept = torch.float16 if p.split else torch.float32
+    da = p.new(nb, HQ, 1 + p.bf16, BLOCK, BLOCK)
+    kept = torch.float16 if p.bf16 else torch.float32
     dqs = p.new(nb, HQ, BLOCK, p.K, dtype=kept)
     dks = p.new(nb, p.H, BLOCK, p.K, dtype=kept)
     sizes = p.new(nb, HQ, p.K // t.K, 2, dtype=torch.float32)
@@ -173,25 +168,25 @@ def backward(
     launch(
         p.number, backward_kernels.state_gradients, nb * HQ * (p.K // t.K + 1),
         do, p.v, states, dstates, p.layout.blocks, da, dqs, dks, sizes, through, p.H,
-        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, SPLIT=p.split, PREC=p.prec, **t.options,
+        K=p.K, V=p.V, KB=t.K, VB=t.V, R=p.R, SPLIT=p.bf16, PREC=p.prec, **t.options,
     )  # fmt: skip
     del dstates
 
     dq, dk, dg = torch.empty_like(p.q), torch.empty_like(p.k), torch.empty_like(p.g)
     wide, t = t.K, p.tiles.gradients
     # all K tiles in one program, unless that leaves too few programs for the chip
-    n = p.K // t.K if p.split and nb * p.H >= 264 else 1
+    n = p.K // t.K if p.bf16 and nb * p.H >= 264 else 1
     launch(
         p.number, backward_kernels.gradients, nb * p.H * (p.K // (t.K * n)),
         p.q, p.k, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale, p.H,
-        K=p.K, KB=t.K, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
+        K=p.K, KB=t.K, R=p.R, TILES=n, KS=wide, SPLIT=p.bf16, LIMIT=p.limit, PREC=p.prec,
         **t.options,
     )  # fmt: skip
     columns, t = t.K, p.tiles.gradients_exact  # those of `gradients`, whose tiles it completes
     launch(
         p.number, strong_kernels.gradients_exact, nb * p.H * (p.K // (columns * n)),
         p.q, p.k, p.g, G, da, ge, p.layout.blocks, dqs, dks, sizes, through, dq, dk, dg, p.scale,
-        p.H, K=p.K, KB=columns, R=p.R, TILES=n, KS=wide, SPLIT=p.split, LIMIT=p.limit, PREC=p.prec,
+        p.H, K=p.K, KB=columns, R=p.R, TILES=n, KS=wide, SPLIT=p.bf16, LIMIT=p.limit, PREC=p.prec,
         **t.options,
     )  # fmt: skip
     return dq, dk, dv, dg, ds0

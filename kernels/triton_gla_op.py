@@ -11,9 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_gla
-from glactl.kernels.triton_launch import aligned, compile_ahead, on_meta
+from glactl.kernels.checks import operand_dtype
+from glactl.kernels.triton_launch import aligned, rehearsed
 from glactl.kernels.triton_layout import block_count
-from glactl.kernels.triton_walks import operand_dtype
+
+
+def _both(p: triton_gla.Plan, s0: Tensor | None, want_final: bool) -> None:
+    """A call and its backward, to be rehearsed."""
+    o, final, states, parts = triton_gla.forward(p, s0, want_final, True)
+    triton_gla.backward(p, o, final if want_final else None, states, parts, s0 is not None)
 
 
 def _run_forward(
@@ -23,15 +29,7 @@ def _run_forward(
     q, k, v, g, s0 = aligned(q, k, v, g, s0)
     p = triton_gla.plan(q, k, v, g, scale, cu_seqlens)
     if want_states:
-
-        def rehearse() -> None:
-            m, s = on_meta(p), None if s0 is None else s0.to("meta")
-            o, final, states, parts = triton_gla.forward(m, s, want_final, True)
-            dfinal = final if want_final else None
-            triton_gla.backward(m, o, dfinal, states, parts, s is not None)
-
-        facts = "key", p.number, id(p.tiles), p.layout.split, s0 is None, want_final
-        compile_ahead(q.device, facts, rehearse)
+        rehearsed(p, s0, _both, want_final)
     o, final, states, parts = triton_gla.forward(p, s0, want_final, want_states)
     return [o, final, states, *(parts if want_states else [])]
 

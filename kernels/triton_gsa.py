@@ -37,10 +37,11 @@ from torch import Tensor
 
 from glactl.kernels import triton_gsa_backward as backward_kernels
 from glactl.kernels import triton_gsa_forward as forward_kernels
+from glactl.kernels.checks import operand_dtype
 from glactl.kernels.triton_launch import launch, signature
-from glactl.kernels.triton_layout import BLOCK, Layout, cut
+from glactl.kernels.triton_layout import BLOCK, cut
 from glactl.kernels.triton_segments import carried
-from glactl.kernels.triton_walks import operand_dtype
+from glactl.kernels.triton_walks import Call
 from glactl.kernels.tuned import Key, tuned
 
 MOST_SLOTS = {torch.bfloat16: 256, torch.float32: 128}  # by operands: what shared memory holds
@@ -113,40 +114,14 @@ def tiles(K: int, V: int, M: int, R: int, dtype: torch.dtype) -> Tiles:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Everything the launches of one call share."""
+class Plan(Call):
+    """What the launches of one call share."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
     s: Tensor | None
     g: Tensor
-    scale: float
     slots: int  # those of the caller, the first of the M here
-    layout: Layout
-    H: int
-    R: int
-    K: int
-    V: int
     M: int
-    dtype: torch.dtype  # of the operands in memory
     tiles: Tiles
-    number: int  # see triton_launch.py
-
-    @property
-    def bf16(self) -> bool:
-        """Whether products are of bf16 numbers."""
-        return self.dtype == torch.bfloat16
-
-    @property
-    def prec(self) -> str:
-        """How fp32 operands are multiplied."""
-        return "tf32" if self.bf16 else "tf32x3"
-
-    @property
-    def limit(self) -> float:
-        """Decay in nats up to which one pair of factors is used, as of the key gate's engine."""
-        return 128.0 if self.bf16 else 16.0
 
     @property
     def hoist(self) -> bool:
@@ -157,10 +132,6 @@ class Plan:
     def in_place(self) -> bool:
         """Whether A2 and dA1 wait in dv and dq, which `gradients` writes after reading them."""
         return self.hoist and min(self.K, self.V) >= BLOCK
-
-    def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised tensor on the inputs' device."""
-        return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
 
 
 def plan(
@@ -178,7 +149,7 @@ def plan(
     layout = cut(B, T, cu_seqlens, walkers, rule.programs, q.device)
     types = None if s is None else s.dtype, q.dtype, k.dtype, v.dtype, g.dtype
     number = signature(q.device, H, HQ, K, V, M, slots, *types)
-    return Plan(q, k, v, s, g, scale, slots, layout, H, HQ // H, K, V, M, dtype, rule, number)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, number, s, g, slots, M, rule)
 
 
 def saved_shapes(

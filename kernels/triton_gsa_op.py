@@ -11,8 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_gsa
-from glactl.kernels.triton_launch import aligned, compile_ahead, on_meta
+from glactl.kernels.checks import operand_dtype
+from glactl.kernels.triton_launch import aligned, rehearsed
 from glactl.kernels.triton_layout import block_count
+
+
+def _both(p: triton_gsa.Plan, start: Tensor | None, want_final: bool) -> None:
+    """A call and its backward, to be rehearsed."""
+    o, final, kept = triton_gsa.forward(p, start, want_final, True)
+    triton_gsa.backward(p, o, final if want_final else None, kept, start is not None)
 
 
 def _run_forward(
@@ -22,15 +29,7 @@ def _run_forward(
     q, k, v, s, g, start = aligned(q, k, v, s, g, start)
     p = triton_gsa.plan(q, k, v, s, g, scale, slots, cu_seqlens)
     if save:
-
-        def rehearse() -> None:
-            m, first = on_meta(p), None if start is None else start.to("meta")
-            o, final, kept = triton_gsa.forward(m, first, want_final, True)
-            dfinal = final if want_final else None
-            triton_gsa.backward(m, o, dfinal, kept, first is not None)
-
-        facts = "slots", p.number, id(p.tiles), p.layout.split, start is None, want_final
-        compile_ahead(q.device, facts, rehearse)
+        rehearsed(p, start, _both, want_final)
     o, final, kept = triton_gsa.forward(p, start, want_final, save)
     return [o, final, *(kept if save else [])]
 
@@ -48,7 +47,7 @@ def _(
     M = g.shape[3]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n = block_count(B, T, None if cu_seqlens is None else N)
-    dtype = triton_gsa.operand_dtype(q, k, v)
+    dtype = operand_dtype(q, k, v)
     out = [
         v.new_empty(B, T, HQ, V),
         q.new_empty((N, H, M, K + V) if want_final else (0,), dtype=torch.float32),
@@ -78,7 +77,7 @@ def _(
     cu_seqlens: Tensor | None, do: Tensor, dfinal: Tensor | None, kept: list[Tensor],
     want_initial: bool,
 ) -> list[Tensor]:  # fmt: skip
-    dtype = triton_gsa.operand_dtype(q, k, v)
+    dtype = operand_dtype(q, k, v)
     N = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     shape = (N, v.shape[2], g.shape[3], q.shape[3] + v.shape[3]) if want_initial else (0,)
     dstart = q.new_empty(shape, dtype=torch.float32)
@@ -156,7 +155,7 @@ def gsa_fused(
     if gate is None:
         raise ValueError("s and g are both None; gsa needs s, g or both")
     K, V, M = q.shape[3], v.shape[3], gate.shape[3]
-    most = triton_gsa.MOST_SLOTS[triton_gsa.operand_dtype(q, k, v)]
+    most = triton_gsa.MOST_SLOTS[operand_dtype(q, k, v)]
     if most < M:
         raise ValueError(f"g or s has {M} slots; the Triton engine takes at most {most} here")
     dtype = v.dtype

@@ -87,6 +87,23 @@ def on_meta(plan: P) -> P:
     return replace(plan, **tensors)  # type: ignore[type-var]
 
 
+def rehearsed(plan: Any, start: Tensor | None, call: Callable[..., object], *facts: Any) -> None:
+    """`compile_ahead` of call(plan, start, *facts), forward and backward.
+
+    Args:
+        plan: of an engine, with `q`, `number`, `tiles` and `layout`.
+        start: the initial state, or None.
+        call: both directions of the engine, whose launches follow from its arguments.
+        facts: the rest of these.
+    """
+
+    def rehearse() -> None:
+        call(on_meta(plan), None if start is None else start.to("meta"), *facts)
+
+    key = type(plan), plan.number, id(plan.tiles), plan.layout.split, start is None, *facts
+    compile_ahead(plan.q.device, key, rehearse)
+
+
 def compile_ahead(device: torch.device, key: Hashable, rehearse: Callable[[], object]) -> None:
     """Compile the launches of a call in threads, where they are not, once for every key.
 

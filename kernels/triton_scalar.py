@@ -34,9 +34,10 @@ from glactl.kernels import triton_gla
 from glactl.kernels import triton_scalar_backward as backward_kernels
 from glactl.kernels import triton_scalar_forward as forward_kernels
 from glactl.kernels import triton_walks as walks
+from glactl.kernels.checks import operand_dtype
 from glactl.kernels.triton_launch import launch, signature
 from glactl.kernels.triton_layout import BLOCK, cut
-from glactl.kernels.triton_walks import Tile, operand_dtype, walk, walk_back
+from glactl.kernels.triton_walks import Tile, walk, walk_back
 from glactl.kernels.tuned import Key, tuned
 
 TWO_BLOCKS = {"maxnreg": 128}  # registers a thread, so that two blocks share a multiprocessor
@@ -107,7 +108,7 @@ def plan(
     layout = cut(B, T, cu_seqlens, H * (V // rule.sweep.V), rule.programs, q.device)
     kind = None if g is None else g.dtype
     number = signature(q.device, H, HQ, K, V, q.dtype, k.dtype, v.dtype, kind)
-    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, rule, number, g)
+    return Plan(q, k, v, scale, layout, H, HQ // H, K, V, dtype, number, rule, g)
 
 
 def forward(
@@ -121,7 +122,7 @@ def forward(
     launch(
         p.number, forward_kernels.scores, 2 * nb * p.H * p.R,
         p.q, p.k, p.g, p.layout.blocks, qh, kh, a, ge, p.scale, p.H,
-        K=p.K, KB=t.K, BF16=p.split, **p.common, **t.options,
+        K=p.K, KB=t.K, BF16=p.bf16, **p.common, **t.options,
     )  # fmt: skip
     return *walk(p, qh, kh, a, ge, s0, want_final, want_states), parts
 
@@ -143,7 +144,7 @@ def backward(
         p.number, backward_kernels.score_gradient, nb * HQ,
         do, p.v, p.g, p.layout.blocks, da, own, p.scale, p.H,
         V=p.V, VB=t.V, GRAD=want_gate, **p.common, **t.options,
-        **(TWO_BLOCKS if p.split else {}),
+        **(TWO_BLOCKS if p.bf16 else {}),
     )  # fmt: skip
 
     t = p.tiles.gradients
@@ -152,7 +153,7 @@ def backward(
     shares = p.new(*((nb, p.H, NK, 3, BLOCK) if want_gate else (0,)), dtype=torch.float32)
     through = p.new(*((nb, p.H, NK) if want_gate else (0,)), dtype=torch.float32)
     # where one step covers V, its buffers leave no room for a second block
-    pair = TWO_BLOCKS if p.split and p.V > t.V else {}
+    pair = TWO_BLOCKS if p.bf16 and p.V > t.V else {}
     launch(
         p.number, backward_kernels.gradients, nb * p.H * NK,
         p.q, p.k, p.g, do, p.v, states, dstates, da, own, p.layout.blocks, dq, dk, shares, through,

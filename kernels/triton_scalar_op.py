@@ -11,10 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.kernels import triton_scalar
+from glactl.kernels.checks import operand_dtype
 from glactl.kernels.triton_gla_op import _width as padded_width
-from glactl.kernels.triton_launch import aligned, compile_ahead, on_meta
+from glactl.kernels.triton_launch import aligned, rehearsed
 from glactl.kernels.triton_layout import block_count
-from glactl.kernels.triton_walks import operand_dtype
+
+
+def _both(p: triton_scalar.Plan, s0: Tensor | None, want_final: bool, want_gate: bool) -> None:
+    """A call and its backward, to be rehearsed."""
+    o, final, states, parts = triton_scalar.forward(p, s0, want_final, True)
+    triton_scalar.backward(
+        p, o, final if want_final else None, states, parts, want_gate, s0 is not None
+    )
 
 
 def _run_forward(
@@ -24,17 +32,7 @@ def _run_forward(
     q, k, v, g, s0 = aligned(q, k, v, g, s0)
     p = triton_scalar.plan(q, k, v, g, scale, cu_seqlens)
     if want_states:
-
-        def rehearse() -> None:
-            m, s = on_meta(p), None if s0 is None else s0.to("meta")
-            o, final, states, parts = triton_scalar.forward(m, s, want_final, True)
-            dfinal = final if want_final else None
-            want_gate = g is not None and g.requires_grad
-            triton_scalar.backward(m, o, dfinal, states, parts, want_gate, s is not None)
-
-        gate = g is not None and g.requires_grad
-        facts = "scalar", p.number, id(p.tiles), p.layout.split, s0 is None, want_final, gate
-        compile_ahead(q.device, facts, rehearse)
+        rehearsed(p, s0, _both, want_final, g is not None and g.requires_grad)
     o, final, states, parts = triton_scalar.forward(p, s0, want_final, want_states)
     return [o, final, states, *(parts if want_states else [])]
 

@@ -47,8 +47,8 @@ class Tiles:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the launches of one call share; a subclass adds the gate."""
+class Call:
+    """What the launches of one call share; a subclass adds the gate and the tiles."""
 
     q: Tensor
     k: Tensor
@@ -60,27 +60,34 @@ class Plan:
     K: int
     V: int
     dtype: torch.dtype  # of the operands in memory
-    tiles: Tiles
     number: int  # see triton_launch.py
 
     @property
-    def split(self) -> bool:
-        """Whether A and dA are kept as two numbers."""
+    def bf16(self) -> bool:
+        """Whether the operands are bf16; else they are fp32."""
         return self.dtype == torch.bfloat16
 
     @property
     def prec(self) -> str:
         """How fp32 operands are multiplied."""
-        return "tf32" if self.split else "tf32x3"
+        return "tf32" if self.bf16 else "tf32x3"
+
+    @property
+    def limit(self) -> float:
+        """Decay in nats up to which one pair of factors is used: e^64 is safe in bf16 and fp32, and
+        fp32 results need the running sums exact to 1e-6."""
+        return 128.0 if self.bf16 else 16.0
 
     def new(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """An uninitialised tensor on the inputs' device."""
         return torch.empty(shape, dtype=dtype or self.dtype, device=self.q.device)
 
 
-def operand_dtype(q: Tensor, k: Tensor, v: Tensor) -> torch.dtype:
-    """What the kernels multiply: bf16 if all of q, k, v are, else fp32."""
-    return torch.bfloat16 if q.dtype == k.dtype == v.dtype == torch.bfloat16 else torch.float32
+@dataclass(frozen=True)
+class Plan(Call):
+    """A call whose states the walks of this file carry."""
+
+    tiles: Tiles
 
 
 def segment_starts(

@@ -11,8 +11,7 @@
     read-out   y = w * n(x) * silu(gate) or w * n(silu(x)), n(x) = x / sqrt(mean(x^2) + eps)  (7)
 
 (1), (6) and (7) are one function each: torch.compile fuses such a function into one kernel each
-way. `glactl.kernels.triton_edges` is that kernel for CUDA devices outside of compiled regions, once
-it is among the PROVEN ones of glactl.kernels.backend.
+way, and outside of a compiled region on a CUDA device `glactl.kernels.triton_edges` is that kernel.
 They are computed in fp32 at least, whatever the inputs and whatever autocast says.
 
 No function here waits for a GPU: values are looked at where they are on the CPU.
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glactl.kernels.backend import HAS_TRITON, PROVEN
+from glactl.kernels.backend import HAS_TRITON
 from glactl.models.joined import products
 
 State = dict[str, Tensor]  # of one layer; the sequences come first in every tensor
@@ -147,8 +146,6 @@ def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) 
 
 def _launches(x: Tensor) -> bool:
     """Whether (1), (6) and (7) run as kernels of ours: on a GPU, where no compiler fuses them."""
-    if "edges" not in PROVEN:
-        return False
     if x.device.type != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
         return False
     return x.numel() > 0 and HAS_TRITON
