@@ -13,7 +13,7 @@ from glactl.kernels.checks import operand_dtype
 Backend = Literal["chunked", "reference", "triton"]
 # Kernels that were held against fp64 on a GPU, where compilers have made wrong gradients of right
 # code before: gla by its gate, gsa, the steps.
-PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step"})
+PROVEN = frozenset({"gk", "g", None, "gsa", "step", "gsa step", "scan"})
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # a constant to torch.compile
 # The widest heads that were held so where operands are fp32 (fp32 and fp16 inputs). A model with K
 # 256 in fp32 and a scalar decay ended in an illegal memory access there (Triton 3.6).

@@ -44,10 +44,21 @@ WALKS = 1056  # programs of the backward of (2): 8 a multiprocessor of an H100
 
 
 @triton.jit
-def _sigma(x):
+def sigma(x):
     """sigma(x) without overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def log_sigma(x):
+    """log sigma(x) of (1), fp32."""
+    e = tl.exp(-tl.abs(x))
+    t = e / (2.0 + e)
+    q = t * t
+    series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
+    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
+    return tl.where(x < 0, x, 0.0) - 2 * t * series
 
 
 @triton.jit
@@ -55,12 +66,7 @@ def _log_gate(x, y, c, size, N: tl.constexpr):
     """(1) of N numbers."""
     i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     v = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
-    e = tl.exp(-tl.abs(v))
-    t = e / (2.0 + e)
-    q = t * t
-    series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
-    series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
-    tl.store(y + i, (tl.where(v < 0, v, 0.0) - 2 * t * series) / c, mask=i < size)  # (1)
+    tl.store(y + i, log_sigma(v) / c, mask=i < size)  # (1)
 
 
 @triton.jit
@@ -69,7 +75,7 @@ def _log_gate_back(x, dy, dx, c, size, N: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
     v = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
     d = tl.load(dy + i, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(dx + i, (d * _sigma(-v) / c).to(dx.dtype.element_ty), mask=i < size)  # (1)
+    tl.store(dx + i, (d * sigma(-v) / c).to(dx.dtype.element_ty), mask=i < size)  # (1)
 
 
 @triton.jit
@@ -85,12 +91,12 @@ def _norm(
     weight = tl.load(w + j, mask=j < D, other=0.0).to(tl.float32)
     s = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     if SWISH:
-        s *= _sigma(s)
+        s *= sigma(s)
     n = s * (1.0 / tl.sqrt(tl.sum(s * s, 1) / D + eps))[:, None]  # (2)
     out = n * weight[None, :]
     if z is not None:
         gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        out *= gate * _sigma(gate)
+        out *= gate * sigma(gate)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)  # (3)
 
 
@@ -111,13 +117,13 @@ def _norm_back(
         u = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
         s = v
         if SWISH:
-            open_x = _sigma(v)
+            open_x = sigma(v)
             s = v * open_x
         r = 1.0 / tl.sqrt(tl.sum(s * s, 1) / D + eps)
         n = s * r[:, None]  # (2)
         if z is not None:
             gate = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-            open_z = _sigma(gate)
+            open_z = sigma(gate)
             slope = open_z * (1.0 + gate * (1.0 - open_z))  # (6)
             dgate = u * weight[None, :] * n * slope  # (5)
             tl.store(dz + at, dgate.to(dz.dtype.element_ty), mask=inside)

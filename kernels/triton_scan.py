@@ -12,23 +12,13 @@ ms forward, 0.31 and 0.29 backward, so 0.60 in all. Beyond these the states of e
 134 MB (0.04 each way), and the shares of dB and dC 268 MB at 32 channels a program (0.09 each way).
 Cut sequences take the exponentials a second time, each way: a floor of 1.16 ms.
 
-Counted in the machine code (sm_90, triton 3.7.1), a warp's instructions for a row of its 32
-channels of 16 entries and, in brackets, for a channel, entry and token:
-
-    kernel           "16 rows"       "8 rows"        "lanes", fp32      predicted, ms
-    outputs          142 (8.9)       146 (9.1)       139 (8.7)          0.36, 0.36, 0.36
-    gradients        465 (29.1)      484 (30.3)      726 (45.4)         1.05, 1.10, 1.64
-    local_states     102 (6.4) and, backwards, 111 (7.0)                0.33 and 0.36
-
-Predicted, not measured: at one instruction a clock of each of 528 schedulers, 1.755e9 clocks a
-second, or, where that is longer, eight clocks for each of exp2 and 1/x: 20 a row in `outputs`, with
-the softplus and the gate. Of the 29 of `gradients`, 13 are (1) to (5) and one the exp2; 8 are sums
-over channels, copies and reads of an entry, 7 the rows' softplus, gates, reads and writes. No loop
-over rows in `outputs` and none over entries in `gradients` spills; round the latter "16 rows" keeps
-460 bytes. A warp a program and at most 255 registers: 8 fit a multiprocessor, 1,024 programs
-are one wave, two warps a scheduler. What they wait for is on its way early: a block's rows all at
-once, an entry's numbers an entry ahead, B and C of `outputs` some 130 instructions ahead. At two
-thirds of the rate 0.55 and 1.6 ms, 2.3 with `gather`.
+Measured (H100, Triton 3.6, bf16, the shape above as 8 sequences): `outputs` 0.67 ms, `gradients`
+2.01, `gather` 0.11, in all 2.83; as one sequence, cut, 3.91. benchmarks/LOG.md has the designs
+before this one and what each measured. What counts is to have reads on their way: a warp a program,
+8 on a multiprocessor, two a scheduler. `outputs` takes 9 instructions a channel, entry and token,
+`gradients` 30, of which 13 are (1) to (5) of triton_scan_backward.py and one the exp2. B and C come
+from caches, a line of 128 bytes every second row; until each kernel asked for the block after the
+next (`fetch`), each such line cost a warp a wait for the L2 cache, and `outputs` took 1.5 ms.
 
 Precision: everything is fp32 in registers; states are kept in bf16 for bf16 inputs, else in fp32.
 """
@@ -45,6 +35,7 @@ from glactl.kernels import triton_scan_forward as forward_kernels
 from glactl.kernels.triton_layout import BLOCK, Layout, block_count, cut
 
 LOG2E = 1.4426950408889634
+FETCH = True  # see `Plan.fetch`
 
 
 @dataclass(frozen=True)
@@ -52,14 +43,17 @@ class Design:
     """How the kernels cut their work.
 
     Attributes:
-        rows: BT, the rows of a block, all of a thread; a divisor of 128.
+        rows: BT of the gradients, all of a thread, and so from one kept state to the next; a
+            divisor of `walk`.
+        walk: BT of the other kernels; a divisor of 128.
         forward, back: channels of a program and its warps, 32 channels a warp.
         sum: how sums over channels are taken, see triton_scan_backward.py; "dot" wants 8 rows and
             16 channels or more.
-        programs: programs wanted; where sequences times tiles give fewer, sequences are cut.
+        programs: warps wanted; where sequences times tiles give fewer, sequences are cut.
     """
 
     rows: int
+    walk: int
     forward: tuple[int, int]
     back: tuple[int, int]
     sum: Literal["lanes", "dot"]
@@ -67,15 +61,16 @@ class Design:
 
 
 DESIGNS = {
-    "16 rows": Design(16, (32, 1), (32, 1), "dot"),
-    "8 rows": Design(8, (32, 1), (32, 1), "dot"),
-    "lanes": Design(8, (32, 1), (32, 1), "lanes"),
+    "16 rows": Design(16, 16, (32, 1), (32, 1), "dot"),
+    "8 rows": Design(8, 16, (32, 1), (32, 1), "dot"),
+    "4 warps": Design(8, 16, (128, 4), (32, 1), "dot"),
+    "lanes": Design(8, 16, (32, 1), (32, 1), "lanes"),
 }
 
 
 def design(M: int, dtype: torch.dtype) -> Design:
     """The rule: a product's operands have tf32's digits, enough for 16-bit inputs."""
-    return DESIGNS["lanes" if dtype == torch.float32 else "16 rows"]
+    return DESIGNS["lanes" if dtype == torch.float32 else "8 rows"]
 
 
 @dataclass(frozen=True)
@@ -98,6 +93,11 @@ class Plan:
         return {"M": M, "MP": triton.next_power_of_2(M)}
 
     @property
+    def fetch(self) -> bool:
+        """Whether kernels ask for the next block's memory; Triton's interpreter cannot."""
+        return FETCH and self.u.device.type == "cuda"
+
+    @property
     def blocks(self) -> int:
         """Blocks of `rows` rows."""
         return len(self.layout.blocks) * (BLOCK // self.design.rows)
@@ -110,7 +110,7 @@ def plan(
     """The plan of one call on contiguous u (B, T, D); arguments otherwise as of `scan`."""
     B, T, width = u.shape
     chosen = chosen or design(A.shape[1], u.dtype)
-    tiles = triton.cdiv(width, chosen.forward[0])
+    tiles = triton.cdiv(width, chosen.forward[0] // chosen.forward[1])  # warps
     layout = cut(B, T, cu_seqlens, tiles, chosen.programs, u.device)
     rates = (A.float().T * LOG2E).contiguous()
     return Plan(u, dt, z, bias, rates, D, layout, chosen)
@@ -148,7 +148,7 @@ def _starts(p: Plan, dy: Tensor | None, w: Tensor, initial: Tensor | None) -> Te
     wide, warps = p.design.forward
     forward_kernels.local_states[_grid(p, wide)](
         p.u, p.dt, dy, p.z if back else None, p.bias, p.rates, w, p.layout.segments, local, total,
-        width, W=width, BT=p.design.rows, BD=wide, REVERSE=back, num_warps=warps,
+        width, W=width, BT=p.design.walk, BD=wide, REVERSE=back, FETCH=p.fetch, num_warps=warps,
         num_stages=1, **p.sizes,
     )  # fmt: skip
     forward_kernels.carry[(len(p.layout.bounds) * triton.cdiv(width, 32),)](
@@ -167,23 +167,22 @@ def forward(
     """
     M, width = p.rates.shape
     kept = torch.bfloat16 if p.u.dtype == torch.bfloat16 else torch.float32
-    y, final, states = torch.empty_like(p.u), None, None
+    y, final = torch.empty_like(p.u), None
     if want_final:  # a sequence without rows ends where it starts
         zero = torch.zeros if initial is None else torch.empty
         final = zero(len(p.layout.bounds), M, width, device=y.device, dtype=torch.float32)
         if initial is not None:
             final.copy_(initial)
-    if want_states:
-        states = torch.empty(p.blocks, M, width, device=y.device, dtype=kept)
+    states = torch.empty((p.blocks, M, width) if want_states else (1,), device=y.device, dtype=kept)
     b, c = _tiles(p, B, C, columns=False)
     start = _starts(p, None, b, initial) if p.layout.split else initial
     wide, warps = p.design.forward
     forward_kernels.outputs[_grid(p, wide)](
         p.u, p.dt, p.z, p.bias, p.rates, p.D, b, c, p.layout.segments, start, y, states, final,
-        width, W=width, BT=p.design.rows, BD=wide, CUT=p.layout.split, num_warps=warps,
-        num_stages=1, **p.sizes,
+        width, int(want_states), W=width, BT=p.design.walk, BD=wide, CUT=p.layout.split,
+        KEEP=p.design.rows, FETCH=p.fetch, num_warps=warps, num_stages=1, **p.sizes,
     )  # fmt: skip
-    return y, final, states
+    return y, final, states if want_states else None
 
 
 def backward(
@@ -213,8 +212,8 @@ def backward(
     backward_kernels.gradients[_grid(p, wide)](
         p.u, p.dt, p.z, p.bias, p.rates, p.D, b, c, dy, p.layout.segments, start, states,
         du, ddt, dz, shares, torch.empty_like(dA), dA, dD, dbias, dinitial, p.blocks, width,
-        W=width, BT=p.design.rows, BD=wide, CUT=p.layout.split, SUM=p.design.sum, num_warps=warps,
-        num_stages=1, **p.sizes,
+        W=width, BT=p.design.rows, BD=wide, CUT=p.layout.split, SUM=p.design.sum,
+        FETCH=p.fetch, num_warps=warps, num_stages=1, **p.sizes,
     )  # fmt: skip
     dB, dC = torch.empty_like(B), torch.empty_like(C)
     backward_kernels.gather[(p.blocks,)](

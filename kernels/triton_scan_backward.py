@@ -27,8 +27,18 @@ operands go to the tensor cores as they are, cut to the 10 bits of tf32, in fp32
 import triton
 import triton.language as tl
 
-from glactl.kernels.triton_scan_forward import of_channels, read, read_out, row, steps, walk_rows
-from glactl.kernels.triton_segments import this_walk
+from glactl.kernels.triton_scan_forward import (
+    fetch,
+    fetch_rows,
+    fetch_tile,
+    of_channels,
+    read,
+    read_out,
+    row,
+    steps,
+    walk_rows,
+)
+from glactl.kernels.triton_segments import walk_at
 
 
 @triton.jit
@@ -66,7 +76,7 @@ def gradients(
     u, dt, z, bias, A, D_, b, c, dy, segments, start, states,
     du, ddt, dz, shares, later, dA, dD, dbias, dstart, all_blocks, D,
     W: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
-    CUT: tl.constexpr, SUM: tl.constexpr,
+    CUT: tl.constexpr, SUM: tl.constexpr, FETCH: tl.constexpr,
 ):  # fmt: skip
     """(1) to (5) of one segment and BD channels, from its last block to its first.
 
@@ -77,8 +87,10 @@ def gradients(
     would spill, and code for each entry of its own takes minutes to compile. dstart (N, M, D) or
     None: q_1 of the sequences. Grid segments * cdiv(D, BD).
     """
-    NT = tl.cdiv(D, BD)
-    seg, seq, _head, tile, block0, chunks, row0, row_end, ends = this_walk(segments, 1, NT, True)
+    pid, NT = tl.program_id(0).to(tl.int64), tl.cdiv(D, BD)
+    # neighbours on a multiprocessor, every 132nd program, share few segments and so B and C
+    seg, tile = pid % (tl.num_programs(0) // NT), pid // (tl.num_programs(0) // NT)
+    seq, block0, chunks, row0, row_end, ends = walk_at(segments, seg, True)
     i, nn = tl.arange(0, BT)[:, None], tl.arange(0, MP)[:, None]
     ch = tile * BD + tl.arange(0, BD)
     inside = (nn < M) & (ch < D)[None, :]
@@ -107,6 +119,17 @@ def gradients(
         x, U = read(dt, at, live, whole), read(u, at, live, whole)
         dout = read(dy, at, live, whole)
         gates = read(z, at, live, whole) if z is not None else None
+        before, column_0 = first - BT, tile * BD
+        fetch_rows(dt, before, row0, row_end, column_0, D, BT, BD, FETCH)
+        fetch_rows(u, before, row0, row_end, column_0, D, BT, BD, FETCH)
+        fetch_rows(dy, before, row0, row_end, column_0, D, BT, BD, FETCH)
+        if z is not None:
+            fetch_rows(z, before, row0, row_end, column_0, D, BT, BD, FETCH)
+        fetch_tile(b, block - 1, t > 0, MP * BT, FETCH)
+        fetch_tile(c, block - 1, t > 0, MP * BT, FETCH)
+        entries = tl.arange(0, MP)
+        to_h = ((block - 1) * M + entries) * D + column_0
+        fetch(states, to_h, (entries < M) & (t > 0), FETCH)
         d, slope = steps(x, shift, live)
         U, dout = U.to(tl.float32), dout.to(tl.float32)
         Y, gate, bend = read_out(skip, gates, U, tl.zeros((BT, BD), tl.float32))

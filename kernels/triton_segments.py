@@ -29,20 +29,24 @@ from glactl.kernels.triton_layout import Layout
 
 
 @triton.jit
-def this_walk(segments, H, TILES: tl.constexpr, REVERSE: tl.constexpr):
-    """What this program of a grid of segments * H * TILES walks.
-
-    Returns the segment, its sequence, head, tile; the segment's first block, chunks (0 for an
-    unused entry), first row, the row after the last one of the sequence; and whether the walk,
-    backwards if REVERSE, ends where the sequence does.
-    """
-    pid = tl.program_id(0).to(tl.int64)
-    tile, head, seg = pid % TILES, (pid // TILES) % H, pid // (TILES * H)
+def walk_at(segments, seg, REVERSE: tl.constexpr):
+    """Of segment seg: its sequence, first block, chunks (0 for an unused entry), first row, the row
+    after the last one of the sequence; and whether the walk, backwards if REVERSE, ends where the
+    sequence does."""
     at = segments + 6 * seg
     block0, blocks, row0 = tl.load(at), tl.load(at + 1), tl.load(at + 2)
     row_end, seq = tl.load(at + 3), tl.load(at + 4)
     ends = tl.load(at + 5) == seg if REVERSE else row_end <= row0 + blocks * 128
-    chunks = (blocks * 2).to(tl.int32)
+    return seq, block0, (blocks * 2).to(tl.int32), row0, row_end, ends
+
+
+@triton.jit
+def this_walk(segments, H, TILES: tl.constexpr, REVERSE: tl.constexpr):
+    """What this program of a grid of segments * H * TILES walks: the segment, its sequence, head
+    and tile, and the rest of `walk_at`."""
+    pid = tl.program_id(0).to(tl.int64)
+    tile, head, seg = pid % TILES, (pid // TILES) % H, pid // (TILES * H)
+    seq, block0, chunks, row0, row_end, ends = walk_at(segments, seg, REVERSE)
     return seg, seq, head, tile, block0, chunks, row0, row_end, ends
 
 

@@ -166,22 +166,20 @@ class Stepper:
 
         h, S = lm.step(x, S),   x = draw(logits(h), u)                                 (1)
 
-    Captured steps of one row take products of one input as one (`glactl.models.joined`), and launch
-    in bf16, by layer, where the products of a library are one kernel each:
+    Captured steps launch, by layer (`glactl.models.joined`):
 
-        |                                  | GLA, of N rows | of one | GSA, of N rows | of one |
-        |----------------------------------|----------------|--------|----------------|--------|
-        | norm before the mixer            | 1              | 1      | 1              | 1      |
-        | q, k, v, gate                    | 3 + 2          | 1 + 1  | 4              | 1      |
-        | silu of q, k, v                  | -              | -      | 3              | 3      |
-        | log gate, step                   | 2              | 2      | 2              | 2      |
-        | output gate, norm, out, residual | 4              | 4      | 3              | 3      |
-        | norm, gate, up, silu, product    | 5              | 4      | 5              | 4      |
-        | down, residual                   | 2              | 2      | 2              | 2      |
-        | all                              | 19             | 15     | 20             | 16     |
+        |                                                  | one row       | more          |
+        |--------------------------------------------------|---------------|---------------|
+        | norm; q, k, v, gate's and output gate's products | 1             | 2             |
+        | feature maps, log gate, the mixer's step         | GLA 1, GSA 2  | 1             |
+        | norm, output gate, out, residual                 | 1             | 2             |
+        | norm; gate, up, silu, product                    | 1             | 3             |
+        | down, residual                                   | 1             | 1             |
+        | all                                              | GLA 5, GSA 6  | 9             |
 
-    Around the layers are the embedding and its scale, the last norm, the head, the draw (one kernel
-    if greedy), the counts of places and four for x and u.
+    Other mixers, norms and channel mixers launch what their `step` does. Around the layers are the
+    embedding, the last norm, the head, the draw (one kernel if greedy), the count of places and
+    four for x and u.
 
     Args:
         lm: the model, in evaluation mode.
@@ -214,7 +212,8 @@ class Stepper:
         self._most = state.longest + room if self.captured or read is not None else None
         if self._most is not None:
             reserve(lm, state, self._most)
-        self._joined = Joined(lm) if self.captured and N == 1 else nullcontext()
+        joined = self.captured and read is None
+        self._joined = Joined(lm) if joined else nullcontext()
         self._token = token.clone()
         self._u = torch.zeros(N, block, device=device)
         self._made = torch.zeros(N, block, device=device, dtype=torch.int64)
@@ -304,6 +303,26 @@ def take(state: LMState, index: Tensor) -> LMState:
     """The state of the sequences at index (n,) int64, which may repeat."""
     layers = [{name: part[index] for name, part in layer.items()} for layer in state.layers]
     return LMState(layers, state.position[index], state.longest)
+
+
+@torch.inference_mode()
+def join(lm: LM, states: Sequence[LMState]) -> LMState:
+    """The states of all sequences of `states`, one after another, as one; they are used up.
+
+    Cost: a copy. Softmax attention has room for the longest in every row.
+    """
+    if len(states) == 1:
+        return states[0]
+    longest = max(state.longest for state in states)
+    for state in states:
+        reserve(lm, state, longest)
+    layers = []
+    for parts in zip(*(state.layers for state in states), strict=True):
+        # layer by layer, so that there is never a second copy of all
+        layers.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
+        for part in parts:
+            part.clear()
+    return LMState(layers, torch.cat([state.position for state in states]), longest)
 
 
 def reserve(lm: LM, state: LMState, capacity: int) -> None:

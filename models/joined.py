@@ -1,50 +1,62 @@
-"""Products of one input with several matrices as one product, for steps of a single sequence.
+"""Products of one input with several matrices as one product, for steps of a few sequences.
 
     y_i = W_i x, i = 1 .. n        (y_1, .., y_n) = (W_1; ..; W_n) x                   (1)
 
-A step of one sequence takes as long as its weights take to be read, and some 1.3 us for each launch
-besides, whatever it reads. Of more sequences the y_i would lie strided in the result, and making
-them contiguous for the kernels behind would cost the launches again.
+A step of one sequence takes as long as its weights take to be read, and some 2 us for each launch
+besides, whatever it reads. So within a `Joined` a layer takes its whole step in as few launches as
+its data allow (`glactl.kernels.rows`), for which the W_i of one input lie behind one another.
 
-A module says what belongs together by a method together(), and calls `products`; the right side of
-(1) is taken within a `Joined`, the left side everywhere else.
+A module says what belongs together by a method together(), and asks by `whole`.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def products(x: Tensor, *parts: nn.Linear) -> list[Tensor]:
-    """(1) of x (..., d), by parts without biases."""
-    whole: Tensor | None = getattr(parts[0], "joined", None)
-    if whole is None:
-        return [part(x) for part in parts]
-    return list(F.linear(x, whole).split([part.out_features for part in parts], -1))
+def whole(first: nn.Module) -> Tensor | None:
+    """(W_1; ..; W_n) of the layer that comes first, within a `Joined`; else None."""
+    found: Tensor | None = getattr(first, "joined", None)
+    return found
 
 
 class Joined:
     """A context in which the products of `module` and its parts are joined.
 
     Args:
-        module: its weights are copied now, and must not change as long as this is used.
+        module: the weights that are joined become slices of the joined matrix, for good.
 
-    Cost: the memory of the matrices that are joined.
+    Cost: once, a copy of each joined matrix; no memory that lasts.
     """
 
     def __init__(self, module: nn.Module) -> None:
         self._wholes: list[tuple[nn.Linear, Tensor]] = []
         for part in module.modules():
-            together = getattr(part, "together", None)
-            if together is not None:
-                layers: list[nn.Linear] = together()
-                whole = torch.cat([layer.weight.detach() for layer in layers])
-                self._wholes.append((layers[0], whole))
+            layers: list[nn.Linear] = getattr(part, "together", list)()
+            if layers:
+                self._wholes.append((layers[0], _join(layers)))
 
     def __enter__(self) -> None:
-        for layer, whole in self._wholes:
-            layer.joined = whole
+        for layer, matrix in self._wholes:
+            layer.joined = matrix
 
     def __exit__(self, *_: object) -> None:
-        for layer, _whole in self._wholes:
+        for layer, _matrix in self._wholes:
             del layer.joined
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _join(layers: list[nn.Linear]) -> Tensor:
+    weights = [layer.weight for layer in layers]
+    rows, end = sum(len(w) for w in weights), weights[0].data_ptr()
+    adjacent = all(w.is_contiguous() for w in weights)
+    for w in weights:
+        adjacent, end = adjacent and w.data_ptr() == end, end + w.nbytes
+    if adjacent and weights[0].untyped_storage().nbytes() >= rows * weights[0].stride(0) * (
+        weights[0].element_size()
+    ):
+        return weights[0].detach().as_strided((rows, weights[0].shape[1]), weights[0].stride())
+    matrix = torch.cat([w.detach() for w in weights])
+    for layer, part in zip(layers, matrix.split([len(w) for w in weights]), strict=True):
+        layer.weight.data = part
+    return matrix

@@ -28,7 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glactl.kernels.backend import HAS_TRITON
-from glactl.models.joined import products
+from glactl.kernels.rows import product_rows
+from glactl.models.joined import whole
 
 State = dict[str, Tensor]  # of one layer; the sequences come first in every tensor
 
@@ -302,13 +303,20 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        gate, up = products(x, self.gate, self.up)
-        y: Tensor = self.down(self.act(gate) * up)  # (5)
+        y: Tensor = self.down(self.act(self.gate(x)) * self.up(x))  # (5)
         return y
 
     def together(self) -> list[nn.Linear]:
         """Products of the same input; see `glactl.models.joined`."""
-        return [self.gate, self.up]
+        return [self.gate, self.up] if self.act is F.silu else []
+
+    def joined_step(self, h: Tensor, norm: RMSNorm) -> Tensor | None:
+        """h + (5) of the norm of h (N, d), in two launches; None where nothing is joined."""
+        matrix = whole(self.gate)
+        if matrix is None:
+            return None
+        inner = product_rows(h, matrix, norm=norm.weight, eps=norm.eps, pair=True)
+        return product_rows(inner, self.down.weight, residual=h)
 
     @staticmethod
     def cost(d: int, hidden: int) -> Cost:

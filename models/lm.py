@@ -89,6 +89,11 @@ class Block(nn.Module):
 
     def step(self, h: Tensor, state: State, longest: int, shared: Tensor | None) -> Tensor:
         """(N, d) -> (N, d); `state` is updated in place."""
+        joined = getattr(self.mixer, "joined_step", None)  # see glactl.models.joined
+        if self.conv is None and joined is not None and isinstance(self.norm, RMSNorm):
+            made = joined(h, self.norm, state)
+            if made is not None:
+                return self._channels(made)
         x = self.norm(h)
         if self.conv is not None:
             x = self.conv.step(x, state)
@@ -98,6 +103,10 @@ class Block(nn.Module):
     def _channels(self, h: Tensor) -> Tensor:
         if self.ffn is None or self.ffn_norm is None:
             return h
+        if isinstance(self.ffn_norm, RMSNorm) and h.ndim == 2:
+            made = self.ffn.joined_step(h, self.ffn_norm)
+            if made is not None:
+                return made
         y: Tensor = h + self.dropout(self.ffn(self.ffn_norm(h)))
         return y
 
@@ -221,7 +230,9 @@ class LM(nn.Module):
                 f"tokens are {tuple(tokens.shape)}; allowed: {tuple(state.position.shape)}, one "
                 "for each sequence of the state"
             )
-        h = self.embed(tokens) * self.spec.embedding_scale
+        h = self.embed(tokens)
+        if self.spec.embedding_scale != 1:
+            h = h * self.spec.embedding_scale
         if self.positions is not None:
             h = h + self._position(state.position, 1)
         h = self.dropout(h)  # (1)

@@ -22,14 +22,15 @@ released code, where the paper writes LayerNorm. The paper does not say how its 
 made; (5) is (2) with a product of full rank.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from torch import Tensor, nn
 
+from glactl.kernels.rows import gla_step_rows, product_rows
 from glactl.models import spec
-from glactl.models.joined import products
-from glactl.models.layers import Cost, RMSNorm, linear_cost, log_gate
+from glactl.models.joined import whole
+from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate
 from glactl.models.mixers import base
 from glactl.models.mixers.base import (
     ALONE,
@@ -105,7 +106,7 @@ class GLA(base.Linear):
         super().__init__()
         self.heads, self.groups, self.normalizer = s.heads, s.groups, s.gate_normalizer
         K, V = self.widths = s.widths(d_model)
-        self.features = FEATURES.get(s.feature_map)
+        self.features, self.feature_map = FEATURES.get(s.feature_map), s.feature_map
         self.q = nn.Linear(d_model, s.heads * K, bias=False)
         self.k = nn.Linear(d_model, s.groups * K, bias=False)
         self.v = nn.Linear(d_model, s.groups * V, bias=False)
@@ -122,21 +123,43 @@ class GLA(base.Linear):
     def _project(
         self, x: Tensor, place: Tensor | None, shared: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        q, k, v, *low = products(x, *self.together())
-        q = q.unflatten(-1, (self.heads, -1))
-        k, v = (part.unflatten(-1, (self.groups, -1)) for part in (k, v))
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = (part(x).unflatten(-1, (self.groups, -1)) for part in (self.k, self.v))
         if self.features is not None:
             q, k = self.features(q), self.features(k)  # (1)
-        return q, k, v, self._gate(x, *low)
+        return q, k, v, self._gate(x)
 
     def together(self) -> list[nn.Linear]:
         """Products of the same input; see `glactl.models.joined`."""
-        return [self.q, self.k, self.v, *([self.gate_down] if self.kind == "key" else [])]
+        if self.kind != "key" or self.r is None:
+            return []
+        return [self.q, self.k, self.v, self.gate_down, self.r]
 
-    def _gate(self, x: Tensor, low: Tensor | None = None) -> Tensor | None:
-        """log a: (..., kv_heads, K), (..., kv_heads), (kv_heads,) or None; low is W_1 x of (2)."""
-        if low is not None:
-            a = self.gate_up(low).unflatten(-1, (self.groups, -1))
+    def joined_step(self, h: Tensor, norm: RMSNorm, state: State) -> Tensor | None:
+        """h (N, d) plus the layer's step for its norm, in three launches; None where nothing is
+        joined. `state` is updated in place."""
+        matrix = whole(self.q)
+        if matrix is None:
+            return None
+        z = product_rows(h, matrix, norm=norm.weight, eps=norm.eps)
+        q, k, v, low, r = z.split([layer.out_features for layer in self.together()], 1)
+        q = q.unflatten(1, (self.heads, -1))
+        k, v = (part.unflatten(1, (self.groups, -1)) for part in (k, v))
+        gate: dict[str, Any] = {
+            "up": self.gate_up.weight,
+            "bias": self.gate_up.bias,
+            "state": state["s"],
+        }
+        o = gla_step_rows(
+            q, k, v, low, **gate, normalizer=self.normalizer, feature_map=self.feature_map
+        )  # (1) to (3)
+        n: dict[str, Any] = {"norm": self.norm.weight, "eps": self.norm.eps, "groups": self.heads}
+        return product_rows(o.flatten(1), self.out.weight, **n, gate=r, residual=h)  # (4)
+
+    def _gate(self, x: Tensor) -> Tensor | None:
+        """log a: (..., kv_heads, K), (..., kv_heads), (kv_heads,) or None."""
+        if self.kind == "key":
+            a = self.gate_up(self.gate_down(x)).unflatten(-1, (self.groups, -1))
             return log_gate(a, self.normalizer)  # (2)
         if self.kind == "scalar":
             return log_gate(self.gate(x), self.normalizer)  # (5)

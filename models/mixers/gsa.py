@@ -26,7 +26,7 @@ not say, (5) is RetNet's; its row "without decay" is named ABC, which is a mixer
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +35,9 @@ from torch import Tensor, nn
 
 from glactl.kernels import gla_step, gsa_step
 from glactl.kernels.compiled import gla, gsa
+from glactl.kernels.rows import gsa_step_rows, product_rows
 from glactl.models import spec
-from glactl.models.joined import products
+from glactl.models.joined import whole
 from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate, wide
 from glactl.models.mixers import base
 from glactl.models.mixers.base import ALONE, Depth, fixed_decay, mixing_cost
@@ -166,7 +167,7 @@ class GSA(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (..., heads, D), k and v (..., kv_heads, D), log a (..., kv_heads, M)."""
-        q, k, v, a = products(x, *self.together())
+        q, k, v, a = (part(x) for part in (self.q, self.k, self.v, self.gate))
         q = F.silu(q).unflatten(-1, (self.heads, -1))
         k, v, a = (
             part.unflatten(-1, (self.groups, -1))
@@ -176,7 +177,25 @@ class GSA(nn.Module):
 
     def together(self) -> list[nn.Linear]:
         """Products of the same input; see `glactl.models.joined`."""
-        return [self.q, self.k, self.v, self.gate]
+        published = self.decay == "data" and self.weigh is None
+        return [self.q, self.k, self.v, self.gate] if published else []
+
+    def joined_step(self, h: Tensor, norm: RMSNorm, state: State) -> Tensor | None:
+        """h (N, d) plus the layer's step for its norm, in three or four launches; None where
+        nothing is joined. `state` is updated in place."""
+        matrix = whole(self.q)
+        if matrix is None:
+            return None
+        z = product_rows(h, matrix, norm=norm.weight, eps=norm.eps)
+        q, *rest = z.split([layer.out_features for layer in self.together()], 1)
+        q = q.unflatten(1, (self.heads, -1))
+        k, v, a = (part.unflatten(1, (self.groups, -1)) for part in rest)
+        both = state["k"], state["v"]
+        o = gsa_step_rows(
+            q, k, v, a, both, normalizer=self.normalizer, feature_map="swish"
+        ).flatten(1)  # (1) to (3)
+        n: dict[str, Any] = {"norm": self.norm.weight, "eps": self.norm.eps, "swish": True}
+        return product_rows(o, self.out.weight, **n, residual=h)  # (4)
 
     def _read(self, o: Tensor) -> Tensor:
         y: Tensor = self.out(self.norm(o.flatten(-2), swish=True))  # (4)

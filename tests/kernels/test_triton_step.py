@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from glactl.kernels.triton_step import column_tile, gla_step_triton, gsa_step_triton
+from glactl.kernels.triton_step import LowRank, column_tile, gla_step_triton, gsa_step_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -105,9 +105,51 @@ def test_gsa_step_is_the_definition(shape, kind: str) -> None:
     check_gsa(*shape, kind, torch.float32)
 
 
-def test_gsa_step_walks_k_and_v_in_tiles(monkeypatch) -> None:
-    monkeypatch.setattr("glactl.kernels.triton_step.TILE", 128)
+@pytest.mark.parametrize("tile", [128, 16384])
+def test_gsa_step_in_one_launch(monkeypatch, tile: int) -> None:
+    """As where heads fill the chip, whose tiles of K and V may be smaller than either."""
+    monkeypatch.setattr("glactl.kernels.triton_step.FEW", 1)
+    monkeypatch.setattr("glactl.kernels.triton_step.TILE", tile)
     check_gsa(1, 1, 2, 20, 28, 16, "tied", torch.float32)
+
+
+FEATURES = {"none": lambda x: x, "relu": torch.relu, "swish": torch.nn.functional.silu}
+
+
+@pytest.mark.parametrize("feature_map", FEATURES)
+def test_gla_step_makes_its_gate_and_features(feature_map: str) -> None:
+    N, H, R, K, V, rank = 2, 2, 2, 12, 20, 5
+    z = make(N, H * R * K + H * (K + V) + rank, seed=0)
+    q, k, v, low = z.split([H * R * K, H * K, H * V, rank], 1)
+    q, k, v = q.unflatten(1, (H * R, K)), k.unflatten(1, (H, K)), v.unflatten(1, (H, V))
+    up, bias, S = make(H * K, rank, seed=1), make(H * K, seed=2), make(N, H, K, V, seed=3)
+    gates = torch.nn.functional.logsigmoid(low.double() @ up.double().T + bias) / 16
+    f = FEATURES[feature_map]
+    truth = gla_definition(
+        f(q.double()), f(k.double()), v.double(), S.double(), gk=gates.unflatten(1, (H, K))
+    )
+    o = gla_step_triton(q, k, v, S, low_rank=LowRank(low, up, bias, 16.0), feature_map=feature_map)
+    assert_close(o, truth[0], K + rank, "o")
+    assert_close(S, truth[1], 2 + rank, "state")
+
+
+@pytest.mark.parametrize("few", [1, 128])
+@pytest.mark.parametrize("feature_map", FEATURES)
+def test_gsa_step_makes_its_gate_and_features(monkeypatch, feature_map: str, few: int) -> None:
+    monkeypatch.setattr("glactl.kernels.triton_step.FEW", few)
+    N, H, R, D, M = 2, 2, 2, 12, 6
+    z = make(N, H * R * D + H * (2 * D + M), seed=0)
+    q, k, v, a = z.split([H * R * D, H * D, H * D, H * M], 1)
+    q, k, v = (x.unflatten(1, (-1, D)) for x in (q, k, v))
+    a = a.unflatten(1, (H, M))
+    state = make(N, H, D, M, seed=1), make(N, H, M, D, seed=2)
+    f, g = FEATURES[feature_map], torch.nn.functional.logsigmoid(a.double()) / 8
+    xs = [f(x.double()) for x in (q, k, v)]
+    truth = gsa_definition(*xs, None, g, *(x.double() for x in state), 1.0)
+    o = gsa_step_triton(q, k, v, None, a, state, normalizer=8.0, feature_map=feature_map)
+    assert_close(o, truth[0], D + M, "o")
+    assert_close(state[0], truth[1], 3, "Sk")
+    assert_close(state[1], truth[2], 3, "Sv")
 
 
 def test_small_gates_keep_the_digits_of_the_write_strength() -> None:

@@ -129,14 +129,25 @@ def test_captured_rows_that_have_ended_do_not_run_out_of_positions(monkeypatch):
     assert [0] in seen
 
 
-@pytest.mark.parametrize("mixer", ["gla", "gsa", {"kind": "gla", "gate": "scalar"}], ids=str)
-def test_joined_products_are_the_products(mixer, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(
+    "mixer",
+    [
+        "gla",
+        "gsa",
+        {"kind": "gla", "gate": "scalar"},
+        {"kind": "gla", "heads": 4, "kv_heads": 2, "feature_map": "swish"},
+        {"kind": "gsa", "heads": 4, "kv_heads": 2, "slots": 3},
+    ],
+    ids=str,
+)
+def test_joined_products_are_the_products(mixer, rows, monkeypatch):
     """fp64; sums of 16 or 32 terms in another order."""
     spec = LMSpec.model_validate(
         {"d_model": 16, "n_layers": 2, "mixer": mixer, "vocab_size": VOCAB, "init_std": 0.3}
     )
-    lm, token = build_lm(spec, 0, dtype=torch.float64).eval(), torch.tensor([3])
-    plain, ours = lm.initial_state(1), lm.initial_state(1)
+    lm, token = build_lm(spec, 0, dtype=torch.float64).eval(), torch.arange(rows) + 3
+    plain, ours = lm.initial_state(rows), lm.initial_state(rows)
     names = {name for name, _ in lm.named_parameters()}
     joined = Joined(lm)
     for _ in range(5):
@@ -149,6 +160,12 @@ def test_joined_products_are_the_products(mixer, monkeypatch):
             hidden = lm.step(token, ours)
         torch.testing.assert_close(hidden, expected, rtol=1e-12, atol=1e-12)
     assert {name for name, _ in lm.named_parameters()} == names
+    gate, up = lm.blocks[0].ffn.gate.weight, lm.blocks[0].ffn.up.weight
+    Joined(lm)  # takes the slices as they are
+    assert (gate.data_ptr(), up.data_ptr() - gate.data_ptr()) == (
+        lm.blocks[0].ffn.gate.weight.data_ptr(),
+        gate.nbytes,
+    )
     assert not any(hasattr(module, "joined") for module in lm.modules())
 
 

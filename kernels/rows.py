@@ -1,0 +1,145 @@
+r"""A product of a few rows with a matrix, with what stands before and behind it, for decoding.
+
+For each of N rows x (K), a matrix W (R, K) and groups of K / groups neighbouring entries:
+
+    s = x or silu(x)                                                                         (1)
+    n = w s / sqrt(mean(s^2) + eps) group by group, or s where there is no norm              (2)
+    p = n silu(z), or n where there is no gate z                                             (3)
+    y = W p, or silu(W_1 p) * (W_2 p) of the halves W = (W_1; W_2) of a pair                 (4)
+    result: y + r, or y where there is no residual r                                         (5)
+
+A step of one token reads every weight once, and at batch 1 nothing else counts but how many
+launches stand in between: as one launch, (1) to (5) are what a block of a language model is made of
+round its mixer.
+
+`product_rows_reference` is the definition; the Triton kernels of triton_rows.py compute it without
+rounding between its parts. `gla_step_rows` and `gsa_step_rows` are the mixers' steps with the gate
+and the feature maps before them,
+
+    gk = log sigma(U l + b) / c        g = log sigma(a) / c                                  (6)
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glactl.kernels.backend import HAS_TRITON
+from glactl.kernels.gla import gla_step
+from glactl.kernels.gsa import gsa_step
+
+FEATURES = {"none": lambda x: x, "relu": F.relu, "swish": F.silu}
+
+
+def product_rows(
+    x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, groups: int = 1,
+    gate: Tensor | None = None, swish: bool = False, pair: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(1) to (5) without gradients.
+
+    Args:
+        x: (N, K); rows may lie apart, entries may not, as in gate and residual.
+        weight: W, (R, K), contiguous, in x's dtype.
+        norm: w of (2), (K / groups,), shared by the groups; None: no norm.
+        eps: of (2).
+        groups: a divisor of K.
+        gate: z of (3), (N, K).
+        swish: whether s is silu(x).
+        pair: whether W is a pair, R even.
+        residual: r of (5), (N, R) or, of a pair, (N, R / 2).
+
+    Returns:
+        (N, R), or (N, R / 2) of a pair, in x's dtype; sums are fp32.
+
+    Cost: on a CUDA device one launch for one row, at most three for more; else as plain torch.
+    """
+    if x.device.type == "cuda" and HAS_TRITON and len(x) > 0:
+        from glactl.kernels.triton_rows import product_rows_triton
+
+        return product_rows_triton(x, weight, norm, eps, groups, gate, swish, pair, residual)
+    return product_rows_reference(
+        x, weight, norm=norm, eps=eps, groups=groups, gate=gate, swish=swish, pair=pair,
+        residual=residual,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def product_rows_reference(
+    x: Tensor, weight: Tensor, *, norm: Tensor | None = None, eps: float = 0.0, groups: int = 1,
+    gate: Tensor | None = None, swish: bool = False, pair: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """(1) to (5) in fp32, or in fp64 where x is; arguments and result as of `product_rows`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    p = F.silu(x.to(wide)) if swish else x.to(wide)  # (1)
+    if norm is not None:
+        parts = p.unflatten(1, (groups, -1))
+        parts = norm.to(wide) * parts * (parts.square().mean(-1, keepdim=True) + eps).rsqrt()
+        p = parts.flatten(1)  # (2)
+    if gate is not None:
+        p = p * F.silu(gate.to(wide))  # (3)
+    y = p @ weight.to(wide).T
+    if pair:
+        first, second = y.chunk(2, 1)
+        y = F.silu(first) * second  # (4)
+    return (y if residual is None else y + residual.to(wide)).to(x.dtype)  # (5)
+
+
+@torch.no_grad()
+def gla_step_rows(
+    q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, bias: Tensor, state: Tensor, *,
+    normalizer: float, feature_map: str = "none",
+) -> Tensor:  # fmt: skip
+    """`gla_step` with gk of (6).
+
+    Args:
+        q, k, v: (N, HQ, K), (N, H, K), (N, H, V); sequences may lie apart.
+        low, up, bias: l (N, rank), U (H K, rank), b (H K,).
+        state: (N, H, K, V), fp32 or fp64, contiguous; updated in place.
+        normalizer: c.
+        feature_map: of q and k, "none", "relu" or "swish".
+
+    Returns:
+        o: (N, HQ, V) in v's dtype.
+
+    Cost: on a CUDA device one launch.
+    """
+    if state.device.type == "cuda" and HAS_TRITON:
+        from glactl.kernels.triton_step import LowRank, gla_step_triton
+
+        low_rank = LowRank(low, up, bias, normalizer)
+        return gla_step_triton(q, k, v, state, low_rank=low_rank, feature_map=feature_map)
+    f, wide = FEATURES[feature_map], torch.promote_types(low.dtype, torch.float32)
+    logits = low.to(wide) @ up.to(wide).T + bias.to(wide)
+    gk = (F.logsigmoid(logits) / normalizer).unflatten(1, k.shape[1:])  # (6)
+    return gla_step(f(q), f(k), v, state, gk=gk)
+
+
+@torch.no_grad()
+def gsa_step_rows(
+    q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: tuple[Tensor, Tensor], *,
+    normalizer: float, feature_map: str = "none",
+) -> Tensor:  # fmt: skip
+    """`gsa_step` with g of (6), writes 1 - exp(g) and logits as they are.
+
+    Args:
+        q, k, v, a: (N, HQ, K), (N, H, K), (N, H, V), (N, H, M); sequences may lie apart.
+        state: (N, H, K, M) and (N, H, M, V), fp32 or fp64, contiguous; updated in place.
+        normalizer: c.
+        feature_map: of q, k and v, "none", "relu" or "swish".
+
+    Returns:
+        o: (N, HQ, V) in v's dtype.
+
+    Cost: on a CUDA device one launch, or two where heads are few.
+    """
+    if a.device.type == "cuda" and HAS_TRITON:
+        from glactl.kernels.triton_step import gsa_step_triton
+
+        more: dict[str, Any] = {"normalizer": normalizer, "feature_map": feature_map}
+        return gsa_step_triton(q, k, v, None, a, state, **more)
+    f, wide = FEATURES[feature_map], torch.promote_types(a.dtype, torch.float32)
+    g = F.logsigmoid(a.to(wide)) / normalizer  # (6)
+    return gsa_step(f(q), f(k), f(v), None, g, state)
