@@ -114,7 +114,23 @@ for N in (1, 64):
     gla_step_triton(one(K), one(K), one(V), new(K, V), gk=one(K))
     gsa_step_triton(one(K), one(K), one(V), None, one(64), (new(K, 64), new(64, V)))
 """,
-        "_gla_step _gsa_step",
+        "_gla_step _gsa_step _gsa_logits _gsa_read",
+    ),
+    "rows": (
+        "triton_rows",
+        """
+from glactl.kernels.triton_rows import product_rows_triton
+d, hidden = 4 * V, 12 * V
+new = lambda *shape: torch.empty(*shape, dtype=row)
+for N in (1, 64):
+    x, w, z = new(N, d), new(d), new(N, d)
+    product_rows_triton(x, new(3 * d + 16, d), w, 1e-5, 1, None, False, False, None)
+    product_rows_triton(x, new(d, d), new(V), 1e-5, 4, z, False, False, x)
+    product_rows_triton(x, new(d, d), w, 1e-5, 1, None, True, False, x)
+    product_rows_triton(x, new(2 * hidden, d), w, 1e-5, 1, None, False, True, None)
+    product_rows_triton(new(N, hidden), new(d, hidden), None, 0.0, 1, None, False, False, x)
+""",
+        "_one _prepare _pair",
     ),
     "scan": (
         "triton_scan_forward,triton_scan_backward",
@@ -156,8 +172,10 @@ MAY_SPILL |= {
     for cc in SHARED
 }
 MAY_SPILL |= {("slots", name, 80) for name in ("walk", "gradients")}  # not timed there
-# Outside of their loops `outputs` spills 24 bytes, `gradients` with 16 rows 460 (732 on sm_80) and
+# Outside of their loops `outputs` spills 56 bytes, `gradients` with 16 rows 460 (732 on sm_80) and
 # with 8 rows 4 (92).
+# `_one` spills 8 bytes of a gated row of 2,048.
+MAY_SPILL |= {("rows", "_one", cc) for cc in SHARED}
 MAY_SPILL |= {("scan", name, cc) for name in ("outputs", "gradients") for cc in SHARED}
 
 
