@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from glactl import console
-from glactl.device import pick_device
+from glactl.device import Precision, pick_device, precision_on
 from glactl.models.decode import BLOCK, PIECE, decode, prefill, step_error, take
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler, Sampling
@@ -157,6 +158,7 @@ def generate_command(
     state: Path | None = None,
     save_state: Path | None = None,
     out: Path | None = None,
+    precision: Precision = "auto",
     device: str | None = None,
     json: bool = False,
 ) -> None:
@@ -181,7 +183,11 @@ def generate_command(
     if run is None:
         console.note(f"run {opened.path} (the newest)")
     where = pick_device(device)
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision {precision!r}; allowed: {', '.join(get_args(Precision))}")
     lm, tokenizer, _ = opened.load_model(where)
+    if precision_on(where, precision) == "bf16":
+        lm = lm.to(torch.bfloat16)
     if tokenizer is None:
         raise ValueError(f"{opened.path} has no tokenizer, its data is not text")
     weights = checkpoint_hash(opened.newest_checkpoint())
@@ -189,6 +195,7 @@ def generate_command(
     answers = None
     if out is not None:
         options = [asdict(sampling), max_tokens, stops, weights, _sum(state)]
+        options += [str(lm.head.weight.dtype)] if lm.head.weight.dtype != torch.float32 else []
         by = hashlib.sha256(jsons.dumps(options).encode()).hexdigest()
         answers = Answers(out, by[:12], texts)
         if answers.done:

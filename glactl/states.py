@@ -86,7 +86,10 @@ def load_past(path: Path, lm: LM, checkpoint: str) -> Past:
             f"allowed: {checkpoint[:12]}, the one that runs"
         )
     empty = lm.initial_state(1).layers
-    layers = [{n: tensors[f"layers.{i}.{n}"] for n in part} for i, part in enumerate(empty)]
+    layers = [  # of the types that the model has now, which may be of another precision
+        {n: tensors[f"layers.{i}.{n}"].to(like.dtype) for n, like in part.items()}
+        for i, part in enumerate(empty)
+    ]
     position = tensors["position"]
     state = LMState(layers, position, int(position.max()))
-    return Past(tensors["hidden"], state, tensors["seen"].tolist())
+    return Past(tensors["hidden"].to(lm.head.weight.dtype), state, tensors["seen"].tolist())

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from glactl.cli import app
@@ -155,6 +155,7 @@ def test_files_that_hold_no_prompts(tmp_path, name, content, message):
         (["--max-tokens", "-3"], "error: max_tokens is -3; allowed: 0 or more"),
         (["--prompts", "gone.txt"], "error: no file of prompts at gone.txt"),
         (["nowhere"], "error: nowhere is not a run folder"),
+        (["--precision", "fp8"], "error: precision 'fp8'; allowed: auto, fp32, bf16"),
         (["--device", "tpu"], "error: device 'tpu' is not known"),
     ],
 )
@@ -163,6 +164,20 @@ def test_errors_are_one_line(glactl, byte_run, args, message):
     assert done.exit_code == 2
     assert message in done.stderr
     assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_weights_in_bf16(glactl, byte_run, tmp_path):
+    """Steps stay close to a forward pass, as close as bf16 has digits; a state goes either way."""
+    state = tmp_path / "state.st"
+    args = ("generate", byte_run.path, "-n", "4", "--temperature", "0")
+    done = glactl(*args, "--precision", "bf16", "--check", "-p", "abcdefgh", "--save-state", state)
+    assert done.exit_code == 0, done.stderr
+    note = next(line for line in done.stderr.splitlines() if "differ by" in line)
+    assert float(note.split("differ by ")[1].split()[0]) < 0.05
+    assert load_file(state)["hidden"].dtype == torch.bfloat16
+    for precision in ("bf16", "fp32"):
+        more = glactl(*args, "--precision", precision, "--state", state)
+        assert more.exit_code == 0, more.stderr
 
 
 def test_a_run_without_a_tokenizer(glactl, byte_run):
