@@ -1,6 +1,6 @@
 """Time the selective scan on one GPU: every design, its kernels, beside the floors.
 
-    python benchmarks/scan.py [--designs '16 rows;lanes'] [--channels 4096] [--write FILE]
+    python benchmarks/scan.py [--designs '8 rows;lanes'] [--channels 4096] [--write FILE]
 
 16,384 tokens in bf16, 16 entries a channel, with D, z and dt_bias, as 8 sequences of 2,048 and one
 of 16,384. Times are medians of triton.testing.do_bench in milliseconds: forward without gradients,

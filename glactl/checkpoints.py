@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -27,6 +28,17 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+
+
+class DiskFailure(OSError):
+    """A checkpoint could not be written; no committed one is touched."""
+
+    exit_code = 3
+
+    def __init__(self, path: Path, reason: OSError) -> None:
+        last = committed(path.parent)
+        kept = f"{last[-1].name} is whole" if last else "there is no earlier one"
+        super().__init__(f"{path} was not written: {reason.strerror or reason}; {kept}")
 
 
 def committed(folder: Path) -> list[Path]:
@@ -44,23 +56,59 @@ def save(
     optimizer: torch.optim.Optimizer,
     position: dict[str, Any],
     keep: int,
+    every: int | None = None,
 ) -> Path:
-    """Commit the state after `step` and delete all but the newest `keep` committed ones.
+    """Commit the state after `step`, and delete what `prune` says.
 
     A checkpoint of this step that is committed already is left as it is.
+
+    Raises:
+        DiskFailure: the disk is full, or fails.
     """
     path = folder / f"step-{step:06}"
     if not (path / "COMMITTED").exists():
-
-        def write(part: Path) -> None:
-            _write(part / "model", model.state_dict())
-            _write(part / "optim", dict(get_optimizer_state_dict(model, optimizer)))
-
-        _commit(path, write, position)
-    for old in committed(folder)[: -max(keep, 1)]:
-        (old / "COMMITTED").unlink()  # first, so that half of a deleted one is nobody's
-        shutil.rmtree(old)
+        commit(path, states(model, optimizer), position)
+    prune(folder, keep, every)
     return path
+
+
+def states(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """What a checkpoint holds, by folder; the tensors are those of the model and the optimizer."""
+    optim: dict[str, Any] = dict(get_optimizer_state_dict(model, optimizer))
+    for group in optim["param_groups"]:
+        group["lr"] = float(group["lr"])  # of a captured step it is a tensor
+    return {"model": model.state_dict(), "optim": optim}
+
+
+def commit(
+    path: Path,
+    found: dict[str, dict[str, Any]],
+    position: dict[str, Any],
+    together: dist.ProcessGroup | None = None,
+) -> None:
+    """Write `found` of `states` to `path`, whole or not at all.
+
+    together: the processes that each have a part of the tensors and all call this; the first one
+    commits. None: this one has all of them.
+    """
+
+    def write(part: Path) -> None:
+        for name, state in found.items():
+            _write(part / name, state, together)
+
+    if together is None or dist.get_rank() == 0:
+        _commit(path, write, position, together)
+        return
+    dist.barrier(together)  # the folder is there
+    write(_part(path))
+
+
+def prune(folder: Path, keep: int, every: int | None = None) -> None:
+    """Delete committed checkpoints but for the newest `keep` and those of multiples of `every`."""
+    for old in committed(folder)[: -max(keep, 1)]:
+        if every is None or int(old.name[5:]) % every:
+            (old / "COMMITTED").unlink()  # first, so that half of a deleted one is nobody's
+            shutil.rmtree(old)
 
 
 def save_weights(
@@ -128,9 +176,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     load_model(path, model)
     if not (path / "optim").is_dir():
         return read_position(path)
-    state = dict(get_optimizer_state_dict(model, optimizer))
+    ours = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
+    state = states(model, optimizer)["optim"]
     _read(path / "optim", state)
     set_optimizer_state_dict(model, optimizer, state)
+    for group, kept in zip(optimizer.param_groups, ours, strict=True):
+        group.update(kept)  # rates and the like are the spec's, and the kernels the device's
     return read_position(path)
 
 
@@ -167,26 +218,54 @@ def _one_process() -> Iterator[None]:
         yield
 
 
-def _commit(path: Path, write: Callable[[Path], None], position: dict[str, Any]) -> None:
+def _part(path: Path) -> Path:
+    return path.with_name(f".tmp-{path.name}")
+
+
+def _commit(
+    path: Path,
+    write: Callable[[Path], None],
+    position: dict[str, Any],
+    together: dist.ProcessGroup | None = None,
+) -> None:
     """Make the checkpoint `path` of what `write` puts into the folder that it is given."""
-    _clear(path.parent)
-    shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody's
-    part = path.with_name(f".tmp-{path.name}")
-    part.mkdir(parents=True)
-    write(part)
-    (part / "position.json").write_text(json.dumps(position, indent=1) + "\n")
-    sums = "".join(f"{_sha256(part / name)}  {name}\n" for name in _files(part))
-    (part / "manifest.sha256").write_text(sums)
-    sync(part)
-    (part / "COMMITTED").write_text("")
-    sync(part)
-    part.rename(path)
-    _sync_folder(path.parent)
+    part = _part(path)
+    try:
+        _clear(path.parent)
+        shutil.rmtree(path, ignore_errors=True)  # uncommitted, so nobody's
+        part.mkdir(parents=True)
+        if together is not None:
+            dist.barrier(together)
+        write(part)
+        (part / "position.json").write_text(json.dumps(position, indent=1) + "\n")
+        sums = "".join(f"{_sha256(part / name)}  {name}\n" for name in _files(part))
+        (part / "manifest.sha256").write_text(sums)
+        sync(part)
+        (part / "COMMITTED").write_text("")
+        sync(part)
+        part.rename(path)
+        _sync_folder(path.parent)
+    except (OSError, dcp.CheckpointException) as error:
+        reason = _of_disk(error)
+        if reason is None:
+            raise
+        shutil.rmtree(part, ignore_errors=True)  # half of one helps nobody and fills the disk
+        raise DiskFailure(path, reason) from None
 
 
-def _write(path: Path, state: dict[str, Any]) -> None:
+def _of_disk(error: BaseException) -> OSError | None:
+    """The error of a disk that `error` is or that happened inside of torch's writer."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, dcp.CheckpointException):
+        inner = [failure[0] for failure in error.failures.values()]
+        return next((e for e in inner if isinstance(e, OSError)), None)
+    return None
+
+
+def _write(path: Path, state: dict[str, Any], together: dist.ProcessGroup | None = None) -> None:
     with _one_process():
-        dcp.save(state, checkpoint_id=path, no_dist=True)
+        dcp.save(state, checkpoint_id=path, process_group=together, no_dist=together is None)
 
 
 def _read(path: Path, state: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ Exit codes:
     3  the environment: a device, a package, a data set or a disk that cannot be had
     4  out of memory
     5  numerics: the loss is not finite
-    6  stopped by a signal, after saving: start again with --resume
+    6  stopped by a signal or --minutes, after saving: --resume, or the same mqar command, goes on
 
 NO_COLOR takes colours away; GLACTL_TRACEBACK=1 shows where an error came from.
 """
@@ -63,7 +63,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[object]], title: str =
         rows: cells; floats are shown with 4 significant digits, None as "-".
         title: a line above the table.
     """
-    cells = [[_cell(c) for c in row] for row in rows]
+    cells = [[cell(c) for c in row] for row in rows]
     right = [
         all(not isinstance(row[i], str) for row in rows) and bool(rows) for i in range(len(columns))
     ]
@@ -103,6 +103,29 @@ def progress(
         return
     with show(total, label, done) as advance:
         yield advance
+
+
+@contextmanager
+def live(columns: Sequence[str], quiet: bool = False) -> Iterator[Callable[..., None]]:
+    """Show a table that changes in its place; on stderr.
+
+    Yields:
+        show(rows, line): on a terminal the rows, cells as of `table`, and the line below them; else
+        the line alone, at most every 5 s.
+    """
+    last = time.monotonic()
+
+    def tell(rows: Sequence[Sequence[object]], line: str) -> None:
+        nonlocal last
+        if not quiet and time.monotonic() - last >= PLAIN_EVERY:
+            last = time.monotonic()
+            note(line)
+
+    if quiet or not sys.stderr.isatty():
+        yield tell
+        return
+    with _live(columns) as show:
+        yield show
 
 
 @contextmanager
@@ -192,7 +215,8 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _cell(value: object) -> str:
+def cell(value: object) -> str:
+    """A value as tables show it: 4 significant digits, None as "-"."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -210,7 +234,7 @@ def clock(seconds: float) -> str:
 
 
 def _numbers(numbers: dict[str, object]) -> str:
-    return "  ".join(f"{name} {_cell(value)}" for name, value in numbers.items())
+    return "  ".join(f"{name} {cell(value)}" for name, value in numbers.items())
 
 
 @contextmanager
@@ -241,6 +265,30 @@ def _bar(total: int, label: str, done: int) -> Iterator[Callable[..., None]]:
 
         try:
             yield advance
+        finally:
+            _above = None
+
+
+@contextmanager
+def _live(columns: Sequence[str]) -> Iterator[Callable[..., None]]:
+    from rich.console import Console, Group
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    global _above
+    console = Console(stderr=True, highlight=False)
+    with Live(console=console, auto_refresh=False, transient=True, redirect_stdout=False) as shown:
+        _above = lambda text: console.print(text, markup=False, soft_wrap=True)  # noqa: E731
+
+        def show(rows: Sequence[Sequence[object]], line: str) -> None:
+            table = Table(*columns, box=None, padding=(0, 2, 0, 0))
+            for row in rows:
+                table.add_row(*(Text(cell(value)) for value in row))
+            shown.update(Group(table, Text(line)), refresh=True)
+
+        try:
+            yield show
         finally:
             _above = None
 

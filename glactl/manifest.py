@@ -5,12 +5,12 @@ import platform
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from glactl import __version__
 from glactl.spec import RunSpec, spec_hash
+from glactl.versions import installed
 
 PACKAGES = ("torch", "triton", "numpy", "pydantic", "tokenizers", "datasets")
 ENVIRONMENT = (
@@ -33,17 +33,10 @@ def manifest_of(spec: RunSpec) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: installed(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "git": _git(),
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def _git() -> dict[str, Any] | None:

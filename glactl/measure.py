@@ -11,11 +11,12 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 LONG = 1.0  # seconds; so long a call is repeated once and its first run counts as well
 
@@ -42,6 +43,10 @@ class Rates:
         """Equation (1), in seconds."""
         return max(moved / self.copy, flops / self.matmul)
 
+    def bound(self, moved: float, flops: float) -> str:
+        """The larger term of (1): "memory" or "compute"."""
+        return "memory" if moved / self.copy >= flops / self.matmul else "compute"
+
 
 def wait(device: torch.device) -> None:
     """Wait until `device` has done all that it was given."""
@@ -58,8 +63,10 @@ def once(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def timing(call: Callable[[], object], device: torch.device, budget: float) -> Timing:
-    """Repeat a call for about `budget` seconds, at least three times after a first run.
+def timing(
+    call: Callable[[], object], device: torch.device, budget: float, most: int = 100
+) -> Timing:
+    """Repeat a call for about `budget` seconds, 3 to `most` times after a first run and a second.
 
     A call of LONG seconds or more is run twice in all: what a first run adds does not show there.
     """
@@ -67,7 +74,7 @@ def timing(call: Callable[[], object], device: torch.device, budget: float) -> T
     if first >= LONG:
         times = [first, once(call, device)]
     else:
-        repeats = max(3, min(100, int(budget / max(once(call, device), 1e-6))))
+        repeats = max(3, min(most, int(budget / max(once(call, device), 1e-6))))
         times = [once(call, device) for _ in range(repeats)]
     return Timing(statistics.median(times), quantile(times, 0.1), quantile(times, 0.9), len(times))
 
@@ -105,24 +112,62 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int | None:
     return max(0, _status("VmHWM") - before)
 
 
+def enqueued(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the host has given a call to an idle device: the least of three."""
+    times = []
+    for _ in range(3):
+        wait(device)
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def saved_bytes(call: Callable[[], object], weights: Iterable[Tensor] = ()) -> int:
+    """What autograd keeps for the backward pass of what is done in a call, each storage once.
+
+    `weights` are left out: they are there anyway. What the call returns is kept until the end, so
+    that no storage takes the place of another.
+    """
+    left_out = {p.untyped_storage().data_ptr() for p in weights}
+    found: dict[int, int] = {}
+    kept: list[object] = []
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in left_out:
+            found[storage.data_ptr()] = storage.nbytes()
+            kept.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        kept.append(call())
+    return sum(found.values())
+
+
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:
     """Measure what `device` reaches; about a second.
 
-    The copy is of a tensor larger than the caches, the product of two square matrices of `dtype`.
+    The copy is of a tensor larger than the caches, the product of two square matrices of `dtype`;
+    on a CPU, many of which are slower in half precision, of fp32 too, and the faster one counts.
     """
     gpu = device.type == "cuda"
     source = torch.ones(2**28 if gpu else 2**25, device=device)  # 1 GiB, 128 MiB
-    target = torch.empty_like(source)
+    target, nbytes = torch.empty_like(source), source.nbytes
     copied = _best(lambda: target.copy_(source), device, 10 if gpu else 5)
-    n = 8192 if gpu else 1024
+    multiplied = [_products(dtype, device)]
+    if not gpu and dtype.itemsize < 4:
+        multiplied.append(_products(torch.float32, device))
+    return Rates(2 * nbytes / copied, max(multiplied), str(dtype).removeprefix("torch."))
+
+
+def _products(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a product of two square matrices."""
+    gpu = device.type == "cuda"
+    n = 8192 if gpu else 512 if dtype.itemsize < 4 else 1024
     a = torch.ones(n, n, device=device, dtype=dtype)
     product = torch.empty_like(a)
-    multiplied = _best(lambda: torch.mm(a, a, out=product), device, 10 if gpu else 5)
-    return Rates(
-        copy=2 * source.nbytes / copied,
-        matmul=2 * n**3 / multiplied,
-        dtype=str(dtype).removeprefix("torch."),
-    )
+    return 2 * n**3 / _best(lambda: torch.mm(a, a, out=product), device, 10 if gpu else 5)
 
 
 def _best(call: Callable[[], object], device: torch.device, repeats: int) -> float:

@@ -48,20 +48,27 @@ class Operator:
     """A function of tensors that mixes along time.
 
     inputs(shape, device, seed) makes its arguments; call is the engine for the device, reference
-    the definition, for any dtype.
+    the definition, for any dtype. work: gla, decay, gsa or attention, whose work it does; "": that
+    of its name.
     """
 
     name: str
     inputs: Callable[[Shape, torch.device, int], list[Tensor]]
     call: Callable[..., Tensor]
     reference: Callable[..., Tensor]
+    work: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The operator whose work it does."""
+        return self.work or self.name
 
     def flops(self, shape: Shape, backward: bool) -> float:
         """Least floating-point operations of a forward pass, or of forward and backward."""
         N, H, K, M = shape.tokens, shape.heads, shape.width, shape.slots
-        if self.name == "attention":
+        if self.kind == "attention":
             return 2.0 * N * (shape.T + 1) * H * K * (3.5 if backward else 1)  # (3)
-        passes = [(K, M), (M, K)] if self.name == "gsa" else [(K, K)]
+        passes = [(K, M), (M, K)] if self.kind == "gsa" else [(K, K)]
         total = 0
         for k, v in passes:
             total += 2 * CHUNK * (k + v) + 4 * k * v  # (1)
@@ -72,7 +79,7 @@ class Operator:
     def moved(self, shape: Shape, backward: bool) -> float:
         """Least bytes moved in a forward pass, or in forward and backward; gates are fp32."""
         size = torch.empty((), dtype=shape.dtype).element_size()
-        gate = {"gla": shape.width, "gsa": shape.slots}.get(self.name, 0) * max(size, 4)
+        gate = {"gla": shape.width, "gsa": shape.slots}.get(self.kind, 0) * max(size, 4)
         read, written = 3 * shape.width * size + gate, shape.width * size
         total = read + written
         if backward:  # the inputs and the output's gradient in, the inputs' gradients out
@@ -145,22 +152,31 @@ OPERATORS = (
 )
 
 
-def error(operator: Operator, shape: Shape, device: torch.device, seed: int) -> tuple[float, int]:
+def error(
+    operator: Operator, shape: Shape, device: torch.device, seed: int, backward: bool = True
+) -> tuple[float, int]:
     """The largest relative error of the output and of every gradient against the fp64 reference.
 
-    Relative is the root mean square of the difference over that of the truth. Measured on one
-    sequence of min(T, ERROR_T) tokens, which is returned too.
+    Without `backward` that of the output alone. Measured on one sequence of min(T, ERROR_T)
+    tokens, which is returned too.
     """
     T = min(shape.T, ERROR_T)
     short = Shape(1, T, shape.heads, shape.width, shape.slots, shape.dtype)
     inputs = operator.inputs(short, device, seed)
-    ours = _with_gradients(operator.call, inputs, seed)
-    truth = _with_gradients(operator.reference, [x.double() for x in inputs], seed)
-    worst = max(
-        ((a.double() - b).norm() / b.norm().clamp_min(1e-300)).item()
-        for a, b in zip(ours, truth, strict=True)
-    )
-    return worst, T
+    exact = [x.double() for x in inputs]
+    if backward:
+        ours = _with_gradients(operator.call, inputs, seed)
+        truth = _with_gradients(operator.reference, exact, seed)
+    else:
+        with torch.no_grad():
+            ours, truth = [operator.call(*inputs)], [operator.reference(*exact)]
+    return max(relative(a, b) for a, b in zip(ours, truth, strict=True)), T
+
+
+def relative(found: Tensor, truth: Tensor) -> float:
+    """The root mean square of the difference over that of the truth, in fp64."""
+    difference = found.double() - truth.double()
+    return (difference.norm() / truth.double().norm().clamp_min(1e-300)).item()
 
 
 def _with_gradients(call: Callable[..., Tensor], inputs: list[Tensor], seed: int) -> list[Tensor]:

@@ -3,7 +3,8 @@
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from glactl.spec import OptimSpec
 
@@ -37,7 +38,15 @@ def make_optimizer(model: nn.Module, spec: OptimSpec) -> torch.optim.AdamW:
     )
 
 
-def clip(model: nn.Module, largest: float | None) -> float:
-    """Scale the whole gradient down to the norm `largest`, if there is one; its norm before."""
+def clip(model: nn.Module, largest: float | None) -> Tensor:
+    """Scale the whole gradient down to the norm `largest`, if there is one; its norm () before.
+
+    Of parameters that several processes have parts of, it is the norm of all. A gradient whose norm
+    is not finite stays as it is, so that it can be looked at. Nothing waits.
+    """
     limit = math.inf if largest is None else largest
-    return nn.utils.clip_grad_norm_(model.parameters(), limit).item()
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    found = nn.utils.get_total_norm(grads)
+    norm = found.full_tensor() if isinstance(found, DTensor) else found
+    nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm.nan_to_num(0, 0, 0))
+    return norm

@@ -3,24 +3,30 @@
 from itertools import repeat
 from typing import Any
 
+import torch
+
+from glactl.distributed import choose, device_memory, parts_of
 from glactl.models.cost import lm_cost
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
-from glactl.plan_memory import activation_bytes
-from glactl.spec import RunSpec
+from glactl.plan_fit import FP32, fitted, memory_of, state_bytes
+from glactl.spec import RunSpec, with_vocab
 from glactl.tasks.tokenizer import load_tokenizer
-from glactl.train import with_vocab
 
-FP32 = 4  # bytes; weights, gradients and both moments of AdamW
+CPU = torch.device("cpu")
 
 
-def plan_numbers(spec: RunSpec, rate: float | None = None) -> dict[str, Any]:
+def plan_numbers(
+    spec: RunSpec, rate: float | None = None, device: torch.device = CPU, world: int = 1
+) -> dict[str, Any]:
     """Sizes and work of a run.
 
     Args:
         spec: the run. Its tokenizer is read for its vocabulary where the spec does not say it; its
             data is not touched, and neither is the checkpoint it starts from.
         rate: FLOP/s that the device reaches in products; None: not known.
+        device: whose memory is to suffice.
+        world: processes, one for each device; "memory_bytes" are those of one of them.
 
     Returns:
         Counts and, where the name says so, bytes. Weights, gradients and moments are exact;
@@ -34,14 +40,11 @@ def plan_numbers(spec: RunSpec, rate: float | None = None) -> dict[str, Any]:
     elif spec.model.vocab_size is None or init is None:
         spec = with_vocab(spec, load_tokenizer(spec.data.tokenizer).vocab_size)
     cost = lm_cost(spec.model, T)
-    tokens = train.batch_size * T
-    weights = FP32 * cost.params
-    memory = {
-        "weights": weights,
-        "gradients": weights,
-        "optimizer": 2 * weights,
-        "activations": activation_bytes(spec.model, tokens // train.accumulate),
-    }
+    spec = fitted(spec, device, world)
+    parts = parts_of(spec.rows, spec.parts, world)
+    mode, why = choose(train.parallel, world, state_bytes(spec), device_memory(device))
+    tokens = spec.rows * T
+    memory = memory_of(spec, spec.rows // parts, device, world)
     if init is not None and init.match is not None:
         memory["original"] = FP32 * sum(map(_attention, spec.model.mixers, repeat(spec.model)))
     flops = cost.flops_token_train * spec.steps * tokens
@@ -56,11 +59,15 @@ def plan_numbers(spec: RunSpec, rate: float | None = None) -> dict[str, Any]:
         "memory_bytes": memory | {"sum": sum(memory.values())},
         "steps": spec.steps,
         "tokens_step": tokens,
+        "processes": world,
+        "parallel": mode,
+        "parallel_reason": why,
+        "micro_batches": parts,
         "tokens": spec.steps * tokens,
         "flops": flops,
         "rate": rate,
-        "hours": None if rate is None else flops / rate / 3600,
-        "checkpoint_bytes": 3 * weights,
+        "hours": None if rate is None else flops / rate / 3600 / world,
+        "checkpoint_bytes": state_bytes(spec) // 4 * 3,
     }
 
 
@@ -88,16 +95,23 @@ def plan_lines(spec: RunSpec, numbers: dict[str, Any]) -> list[str]:
         ("memory", f"about {binary(n['memory_bytes']['sum'])}: {memory}"),
         (
             "tokens/step",
-            f"{n['tokens_step']:,} = {train.batch_size} rows x {spec.data.seq_len}"
-            + (f" in {train.accumulate} micro-batches" if train.accumulate > 1 else ""),
+            f"{n['tokens_step']:,} = {spec.rows} rows x {spec.data.seq_len}"
+            + (f" in {n['micro_batches']} micro-batches" if n["micro_batches"] > 1 else ""),
         ),
         ("steps", f"{n['steps']:,}   ({short(n['tokens'])} tokens, {short(n['flops'])} FLOPs)"),
+        *_parallel(n),
         *_time(n),
         ("disk", f"{binary(n['checkpoint_bytes'])} x {train.keep_last} checkpoints"),
     ]
     layers = f"{model.n_layers} layers of {', '.join(m.kind for m in mixers)}"
     head = f"{spec.name}: {layers}, d_model {model.d_model}, on {spec.data.kind}"
     return [head, *(f"  {name:<15} {text}" for name, text in rows)]
+
+
+def _parallel(n: dict[str, Any]) -> list[tuple[str, str]]:
+    if n["processes"] == 1:
+        return []
+    return [("parallel", f"{n['parallel']} on {n['processes']}: {n['parallel_reason']}")]
 
 
 def _time(n: dict[str, Any]) -> list[tuple[str, str]]:

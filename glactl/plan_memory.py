@@ -15,8 +15,8 @@ kernels for a GPU keep less.
 import math
 
 import torch
-from torch import Tensor
 
+from glactl.measure import saved_bytes
 from glactl.models.lm import LM, build_lm, token_losses
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
@@ -72,18 +72,5 @@ def _narrow(spec: LMSpec, mixer: MixerSpec) -> tuple[LMSpec, int]:
 
 def _saved(spec: LMSpec) -> int:
     lm: LM = build_lm(spec, 0)
-    weights = {p.untyped_storage().data_ptr() for p in lm.parameters()}
-    found: dict[int, int] = {}
-    kept: list[Tensor] = []  # alive, so that no storage takes the place of another
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in weights:
-            found[storage.data_ptr()] = storage.nbytes()
-            kept.append(x)
-        return x
-
     tokens = torch.zeros(1, SHORT, dtype=torch.int64)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        kept.append(token_losses(lm, lm(tokens)[0], tokens))
-    return sum(found.values())
+    return saved_bytes(lambda: token_losses(lm, lm(tokens)[0], tokens), lm.parameters())

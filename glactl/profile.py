@@ -1,69 +1,48 @@
-"""`glactl profile`: operators and models on the device at hand, beside what the device could do."""
+"""`glactl profile`: operators, layers and models on the device at hand, beside what it could do."""
 
-import platform
-import re
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from glactl import __version__, console
+from glactl import console, profile_baseline
 from glactl.device import pick_device
-from glactl.measure import rates
-from glactl.models.lm import LMSpec
-from glactl.operators import OPERATORS, Operator, Shape
-from glactl.profile_cases import (
-    Measured,
-    crossover,
-    measure_model,
-    measure_operator,
-    scan_operators,
-)
+from glactl.measure import Rates, rates
+from glactl.profile_cases import Failed, Measured, crossovers
+from glactl.profile_plan import Plan
+from glactl.profile_process import run, warm
 from glactl.profile_report import write
-from glactl.spec import load
-from glactl.spec_source import nearest
-
-SHORTEST = 256  # the crossover is looked for from this length on
-VOCAB = 259  # of the models without a spec of their own: bytes and three marks
-SLOTS = 64
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MODEL_MIXERS = ("attention", "gla", "gsa")
+from glactl.profile_tables import show
 
 
-def parse_lengths(text: str) -> list[int]:
-    """Lengths from "512,1024" or a range "512:8192:x2" (512, 1024, ... up to 8192), ascending.
+class WrongResults(RuntimeError):
+    """A row is not what fp64 says, or ended in an error."""
 
-    Raises:
-        ValueError: anything else, or a length below 1.
-    """
-    found: set[int] = set()
-    for part in map(str.strip, text.split(",")):
-        stretch = re.fullmatch(r"(\d+):(\d+)(?::x(\d+))?", part)
-        low, high, factor = (int(n or 2) for n in stretch.groups()) if stretch else (0, 0, 0)
-        if 1 <= low <= high and factor >= 2:
-            while low <= high:
-                found.add(low)
-                low *= factor
-        elif part.isdecimal() and int(part) >= 1:
-            found.add(int(part))
-        else:
-            raise ValueError(
-                f"seqlen is {part!r}; allowed: lengths of 1 or more, 512,1024, or a range "
-                "512:8192:x2"
-            )
-    return sorted(found)
+    exit_code = 1
+
+
+class NoMemory(RuntimeError):
+    """No row could be measured, for lack of memory."""
+
+    exit_code = 4
 
 
 def profile_command(
     *,
-    seqlen: str,
+    seqlen: str | None = None,
     mixers: str | None = None,
     spec: Path | None = None,
+    preset: str | None = None,
+    parts: str | None = None,
+    phase: str | None = None,
     tokens: int | None = None,
-    heads: int = 4,
+    heads: int | None = None,
     width: int | None = None,
     dtype: str | None = None,
+    fla: bool = False,
+    kernels: bool = False,
+    baseline: Path | None = None,
+    fail_above: str = "5%",
     device: str | None = None,
     out: Path = Path("profiles"),
     json: bool = False,
@@ -71,146 +50,96 @@ def profile_command(
 ) -> None:
     """Run `glactl profile`; the arguments are the command's options.
 
+    What is None is the baseline's where there is one.
+
     Raises:
-        ValueError: an option out of range, or a spec that cannot be used.
-        FileNotFoundError: no such spec.
+        ValueError: an option out of range, a spec or a baseline that cannot be used.
+        FileNotFoundError: no such spec or baseline.
+        WrongResults: rows differ from fp64 by more than rounding, or ended in an error.
+        NoMemory: there was too little for any row.
+        profile_baseline.Regression: rows are slower than the baseline's.
     """
-    lengths = parse_lengths(seqlen)
-    operators = _choose(mixers)
+    above = profile_baseline.parse_share(fail_above)
+    before = None if baseline is None else profile_baseline.read(baseline)
+    given = {
+        "seqlen": seqlen,
+        "mixers": mixers,
+        "spec": None if spec is None else str(spec),
+        "preset": preset,
+        "parts": parts,
+        "phase": phase,
+        "tokens": tokens,
+        "heads": heads,
+        "width": width,
+        "dtype": dtype,
+        "fla": fla or None,
+    }
+    old = {} if before is None else before["settings"]
+    settings = {k: old.get(k) if v is None else v for k, v in given.items()}
     where = pick_device(device)
-    gpu = where.type == "cuda"
-    kind = parse_dtype(dtype or ("bf16" if gpu else "fp32"))
-    total = tokens or max(lengths[-1], 16_384 if gpu else 0)
-    if total < lengths[-1]:
-        raise ValueError(f"tokens is {total}; allowed: at least the longest seqlen, {lengths[-1]}")
-    base = Shape(1, lengths[-1], heads, width or (128 if gpu else 64), SLOTS, kind)
-    models = _models(spec, operators, base)
-    reached = rates(where, kind)
-    shorter = _shorter(lengths)
-    turns = 2 * len(lengths) * (len(operators) + len(models)) + len(shorter) * len(operators)
-    rows: list[Measured] = []
-    with console.progress(turns, "profile", quiet=quiet) as advance:
-        for T in lengths:
-            shape = replace(base, T=T, batch=max(1, total // T))
-            for operator in operators:
-                rows += measure_operator(operator, shape, where, reached, advance)
-            for name, model in models.items():
-                rows += measure_model(name, model, shape, where, reached, advance)
-        scanned = scan_operators(operators, base, shorter, total, where, reached, advance)
-    report = {
-        "glactl": __version__,
-        "device": torch.cuda.get_device_name(where) if gpu else f"CPU, {platform.machine()}",
-        "threads": None if gpu else torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(kind).removeprefix("torch."),
+    plan = Plan(settings, where, kernels)
+    report = plan.about()
+    if before is not None and baseline is not None:
+        profile_baseline.check(baseline, before, report)
+    reached = rates(where, plan.dtype)
+    if where.type == "cuda":
+        torch.cuda.empty_cache()  # the memory is the cases' now
+    rows, failed, scanned = _run(plan, reached, quiet)
+    report |= {
         "rates": asdict(reached),
-        "shape": {"heads": heads, "width": base.width, "slots": SLOTS, "tokens": total},
-        "models": {name: model.model_dump(mode="json") for name, model in models.items()},
-        "crossover": crossover([r for r in rows + scanned if r.part == "operator"]),
+        "crossover": crossovers(rows + scanned),
         "results": [asdict(r) for r in rows],
+        "failed": [asdict(r) for r in failed],
         "scan": [asdict(r) for r in scanned],
     }
-    folder = write(out, where.type, report, rows, scanned)
+    compared = None
+    if before is not None:
+        compared = profile_baseline.compare(before, rows, failed, above)
+        report["baseline"] = {"path": str(baseline), "rows": [asdict(c) for c in compared]}
+    folder, files = write(out, where.type, report, rows, failed, scanned)
     if json:
         console.result(report | {"path": str(folder)})
     else:
-        _print(report, rows)
-    console.note(f"wrote {folder}: results.json, results.csv, seqlen.svg, seqlen.png")
+        show(report, rows, failed)
+    console.note(f"wrote {folder}: {', '.join(files)}")
+    _judge(rows, failed)
+    if compared is not None and baseline is not None:
+        profile_baseline.show(compared, baseline, above, quiet=json)
 
 
-def _choose(mixers: str | None) -> list[Operator]:
-    known = {operator.name: operator for operator in OPERATORS}
-    if mixers is None:
-        return list(OPERATORS)
-    names = [n.strip() for n in mixers.split(",") if n.strip()]
-    for name in names:
-        if name not in known:
-            hint = nearest(name, list(known))
-            raise ValueError(f"mixers has {name!r}; allowed: {', '.join(known)}{hint}")
-    if not names:
-        raise ValueError(f"mixers is empty; allowed: {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)]
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """The element type of that name. Raises ValueError for any other."""
-    if name not in DTYPES:
-        raise ValueError(f"dtype is {name!r}; allowed: {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-def _models(spec: Path | None, operators: list[Operator], base: Shape) -> dict[str, LMSpec]:
-    """Name -> model: of the spec, or two layers of each mixer in the operators' shape."""
-    if spec is not None:
-        model = load(spec).model
-        vocab = model.vocab_size or VOCAB
-        return {spec.stem: LMSpec.model_validate(model.model_dump() | {"vocab_size": vocab})}
-    names = [operator.name for operator in operators if operator.name in MODEL_MIXERS]
-    return {
-        name: LMSpec.model_validate(
-            {
-                "d_model": base.heads * base.width,
-                "n_layers": 2,
-                "mixer": {"kind": name, "heads": base.heads},
-                "vocab_size": VOCAB,
-            }
-        )
-        for name in names
-    }
-
-
-def _shorter(lengths: list[int]) -> list[int]:
-    """Where one length is asked for: powers of two from SHORTEST up to it, for the crossover."""
-    found: list[int] = []
-    while len(lengths) == 1 and SHORTEST << len(found) < lengths[0]:
-        found.append(SHORTEST << len(found))
-    return found
-
-
-def _print(report: dict[str, Any], rows: list[Measured]) -> None:
-    reached = report["rates"]
-    threads = f", {report['threads']} threads" if report["threads"] else ""
-    console.say(
-        f"{report['device']}{threads}, {report['dtype']}, torch {report['torch']}: copies "
-        f"{reached['copy'] / 1e9:.1f} GB/s, multiplies {reached['matmul'] / 1e9:,.0f} GFLOP/s"
-    )
-    shape = report["shape"]
-    sizes = {(m["n_layers"], m["d_model"]) for m in report["models"].values()}
-    models = "".join(f"; each model has {n} layers, width {d}" for n, d in sizes)
-    console.say(
-        f"{shape['tokens']:,} tokens a call, {shape['heads']} heads of {shape['width']}, "
-        f"{shape['slots']} slots{models}"
-    )
-    columns = ["", "work", "T", "ms", "p10–p90", "n", "tokens/s", "peak MiB", "error"]
-    columns += ["GFLOP", "MB", "floor ms", "% of floor"]
-    table = [
-        [
-            row.name if row.part == "operator" else f"{row.name} model",
-            "fwd" if row.work == "forward" else "fwd+bwd",
-            row.T,
-            1e3 * row.median,
-            f"{1e3 * row.p10:.3g}–{1e3 * row.p90:.3g}",
-            row.repeats,
-            row.tokens_per_s,
-            None if row.peak is None else row.peak / 2**20,
-            None if row.error is None else f"{row.error:.0e}",
-            row.flops / 1e9,
-            row.moved / 1e6,
-            1e3 * row.floor,
-            100 * row.of_floor,
-        ]
-        for row in rows
+def _judge(rows: list[Measured], failed: list[Failed]) -> None:
+    """Raise where a row is wrong; a lack of memory is no fault unless there is nothing else."""
+    wrong = [f"{r.part} {r.name} {r.work} T={r.T:,}: error {r.error:.1e}" for r in rows if r.wrong]
+    wrong += [
+        f"{r.part} {r.name} {r.work} T={r.T:,}: {r.reason}"
+        for r in failed
+        if not r.reason.startswith("out of memory") and not r.name.endswith(" fla")
     ]
-    console.table(columns, table)
-    longest = max(row.error_T or 0 for row in rows)
-    console.say(
-        "floor: the larger of MB over the copy rate and GFLOP over the matrix rate; error: largest "
-        f"relative one against fp64, over at most {longest} tokens"
-    )
-    for name, at in report["crossover"].items():
-        if at["length"] is not None:
-            where = f"attention is faster below T = {at['length']:,}, {name} above"
-        else:
-            where = f"{at['faster']} is faster at every length from {at['from']:,}"
-        times = f"{at['faster']} by {at['ratio']:.1f}x at {at['to']:,}"
-        console.say(f"crossover attention / {name}, fwd+bwd: {where}; {times}")
+    if wrong:
+        raise WrongResults(f"{len(wrong)} rows are not right: {'; '.join(wrong)}")
+    if not rows:
+        raise NoMemory(f"out of memory in all of {len(failed)} rows; --tokens says how many a call")
+
+
+def _run(
+    plan: Plan, reached: Rates, quiet: bool
+) -> tuple[list[Measured], list[Failed], list[Measured]]:
+    """Measured rows, failed rows, and those of the scan."""
+    rows: list[Measured] = []
+    failed: list[Failed] = []
+    scanned: list[Measured] = []
+    cases, scans = plan.cases(reached), plan.scans(reached)
+    first = [case for case in cases if case.items[0][1] == plan.lengths[0]]
+    ahead = len(first) if plan.device.type == "cuda" else 0
+    turns = ahead + sum(len(case.items) for case in cases + scans)
+    with console.progress(turns, "profile", quiet=quiet) as advance:
+        if ahead:
+            warm(first, advance)
+        for case in cases + scans:
+            for row in run(case):
+                if isinstance(row, Failed):
+                    failed += [] if case.scan else [row]
+                else:
+                    (scanned if case.scan else rows).append(row)
+                advance(1)
+    return rows, failed, scanned

@@ -1,32 +1,69 @@
-"""The measured calls of `glactl profile`, and where softmax attention falls behind.
+"""What `glactl profile` measures, as data: cases, their rows, and where attention falls behind.
 
-Every length is measured with the same number of tokens in a call, so shorter sequences come in
-larger batches and the times of one mixer are those of the same work.
+A case is an operator, a layer or a model with all its rows, and has a process of its own. Every
+length is measured with the same number of tokens in a call, so shorter sequences come in larger
+batches and the times of one mixer are those of the same work.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from glactl.measure import Rates, peak_bytes, timing
-from glactl.models.cost import lm_cost
-from glactl.models.lm import LMSpec, build_lm, token_losses
-from glactl.operators import ERROR_T, Operator, Shape, error
+from glactl.measure import Rates
+from glactl.models.lm import LMSpec
+from glactl.operators import Shape
 
-SECONDS = 0.5  # spent on repeating one measurement
+BOTH = "forward+backward"
+WORKS = {"operator": ("forward", BOTH), "layer": ("forward", BOTH)}
+PHASES = ("train", "prefill", "decode")  # of a model
+SLOWEST = {"operator": BOTH, "layer": BOTH, "model": "train"}  # what crossovers are told for
+
+
+@dataclass(frozen=True)
+class Case:
+    """Rows of one operator, layer or model, to be measured in one process.
+
+    items: (work, T) of each row. shape: of a call; its batch and T are those of the first row, and
+    every row has about shape.tokens tokens. scan: quickly, without memory and error. kernels: with
+    the time of every kernel. warm: once, for the sake of what is compiled.
+    """
+
+    part: str
+    name: str
+    items: tuple[tuple[str, int], ...]
+    shape: Shape
+    device: str
+    rates: Rates
+    seconds: float
+    spec: LMSpec | None = None
+    scan: bool = False
+    kernels: bool = False
+    warm: bool = False
+
+    def at(self, T: int) -> Shape:
+        """The shape of a row of length T."""
+        s = self.shape
+        return Shape(max(1, s.tokens // T), T, s.heads, s.width, s.slots, s.dtype)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measured call; times in seconds, memory and moved in bytes."""
+    """One measured row; times in seconds, memory in bytes.
 
-    part: str  # operator or model
+    A call of decode is one token of every row of the batch, after T tokens. moved and flops are
+    the least that a call needs, floor the least time for them here, of_floor its part of the
+    median (1 is the best possible). bound: which of the two the floor is of, or "host" where the
+    host takes 90 % of the time to give the call to the device. saved: kept for the backward pass.
+    error: relative, against fp64, at most `allowed` where the row is right.
+    """
+
+    part: str  # operator, layer or model
     name: str
-    work: str  # forward or forward+backward
+    work: str
     T: int
     batch: int
     median: float
@@ -37,23 +74,74 @@ class Measured:
     flops: float
     moved: float
     floor: float
-    of_floor: float  # floor / median, 1 is the best possible
+    of_floor: float
+    bound: str
     peak: int | None = None
+    saved: int | None = None
     error: float | None = None
     error_T: int | None = None
+    allowed: float | None = None
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """What a row of another profile has too if it is of the same call."""
+        return self.part, self.name, self.work, self.T, self.batch
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the error is more than is allowed, or no number."""
+        return self.error is not None and not self.error <= (self.allowed or 0.0)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A row that could not be measured, and why."""
+
+    part: str
+    name: str
+    work: str
+    T: int
+    batch: int
+    reason: str
+
+    @property
+    def key(self) -> tuple[str, str, str, int, int]:
+        """As of Measured."""
+        return self.part, self.name, self.work, self.T, self.batch
+
+
+def allowed_error(dtype: torch.dtype, layers: int = 1) -> float:
+    """The root of the spacing of numbers at 1: halfway, in digits, from rounding to all wrong.
+
+    The errors of layers add up like those of independent draws: times the root of their number.
+    """
+    return math.sqrt(torch.finfo(dtype).eps * layers)
+
+
+def crossovers(rows: Iterable[Measured]) -> dict[str, dict[str, dict[str, Any]]]:
+    """`crossover` of each part, of training or of forward and backward together."""
+    found = {}
+    for part, work in SLOWEST.items():
+        mine = [row for row in rows if row.part == part and row.work == work]
+        if at := crossover(mine):
+            found[part] = at
+    return found
 
 
 def crossover(rows: Sequence[Measured]) -> dict[str, dict[str, Any]]:
     """For each linear mixer: the length at which softmax attention's time passes its own.
 
-    Of forward and backward together; the length is interpolated between the two measured ones
-    around it, both times taken as powers of the length. `length` is None where one of the two is
-    faster at every length measured, and `faster` says which is at the longest, `ratio` how much.
+    Of the fastest attention at each length. The length is interpolated between the two measured
+    ones around it, both times taken as powers of the length. `length` is None where one of the two
+    is faster at every length measured, and `faster` says which is at the longest, `ratio` how much.
     """
     times: dict[str, dict[int, float]] = {}
     for row in rows:
-        if row.work == "forward+backward":
-            times.setdefault(row.name, {})[row.T] = row.median / (row.batch * row.T)
+        name = "attention" if row.name.startswith("attention") else row.name
+        seconds = row.median / (row.batch * row.T)
+        of = times.setdefault(name, {})
+        of[row.T] = min(seconds, of.get(row.T, math.inf))
     attention = times.pop("attention", {})
     found: dict[str, dict[str, Any]] = {}
     for name, own in times.items():
@@ -76,134 +164,3 @@ def crossover(rows: Sequence[Measured]) -> dict[str, dict[str, Any]]:
             "to": lengths[-1],
         }
     return found
-
-
-def measure_operator(
-    operator: Operator,
-    shape: Shape,
-    device: torch.device,
-    reached: Rates,
-    advance: Callable[..., None],
-    scan: bool = False,
-) -> list[Measured]:
-    """One operator at one length: forward, and forward with backward.
-
-    With `scan` only the latter, quickly, without memory and error.
-    """
-    inputs = operator.inputs(shape, device, 0)
-    worst, at = (None, None) if scan else error(operator, shape, device, 0)
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    do = torch.ones_like(inputs[2])
-
-    def forward() -> None:
-        with torch.no_grad():
-            operator.call(*inputs)
-
-    def both() -> None:
-        torch.autograd.grad(operator.call(*leaves), leaves, do)
-
-    rows = []
-    for work, call in (("forward", forward), ("forward+backward", both)):
-        if scan and work == "forward":
-            continue
-        moved = operator.moved(shape, work != "forward")
-        flops = operator.flops(shape, work != "forward")
-        row = _measure(
-            ("operator", operator.name, work), call, shape, flops, moved, device, reached, scan
-        )
-        rows.append(replace(row, error=worst, error_T=at))
-        advance(1)
-    return rows
-
-
-def measure_model(
-    name: str,
-    spec: LMSpec,
-    shape: Shape,
-    device: torch.device,
-    reached: Rates,
-    advance: Callable[..., None],
-) -> list[Measured]:
-    """One model at one length: its loss on random tokens, and that with every gradient.
-
-    The error is that of its hidden states against the same weights in fp64.
-    """
-    lm = build_lm(spec, 0, device=device, dtype=shape.dtype).eval()
-    assert spec.vocab_size is not None
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(spec.vocab_size, (shape.batch, shape.T + 1), generator=generator)
-    tokens, targets = drawn[:, :-1].to(device), drawn[:, 1:]
-    parameters = [p for p in lm.parameters() if p.requires_grad]
-
-    def loss() -> torch.Tensor:
-        hidden, _ = lm(tokens)
-        return token_losses(lm, hidden, targets).mean()
-
-    def forward() -> None:
-        with torch.no_grad():
-            loss()
-
-    def both() -> None:
-        torch.autograd.grad(loss(), parameters)
-
-    at = min(shape.T, ERROR_T)
-    with torch.no_grad():
-        ours = lm(tokens[:1, :at])[0].double()
-        truth = build_lm(spec, 0, device=device, dtype=torch.float64)
-        truth.load_state_dict(lm.state_dict())
-        exact = truth.eval()(tokens[:1, :at])[0]
-        worst = ((ours - exact).norm() / exact.norm()).item()
-    cost = lm_cost(spec, shape.T)
-    rows = []
-    for work, call in (("forward", forward), ("forward+backward", both)):
-        flops = (cost.flops_token if work == "forward" else cost.flops_token_train) * shape.tokens
-        moved = cost.bytes_token * (1 if work == "forward" else 3) * shape.tokens
-        row = _measure(("model", name, work), call, shape, flops, moved, device, reached)
-        rows.append(replace(row, error=worst, error_T=at))
-        advance(1)
-    return rows
-
-
-def _measure(
-    what: tuple[str, str, str],
-    call: Callable[[], None],
-    shape: Shape,
-    flops: float,
-    moved: float,
-    device: torch.device,
-    reached: Rates,
-    scan: bool = False,
-) -> Measured:
-    peak = None if scan else peak_bytes(call, device)
-    took = timing(call, device, SECONDS / 4 if scan else SECONDS)
-    floor = reached.floor(moved, flops)
-    return Measured(
-        *what,
-        T=shape.T,
-        batch=shape.batch,
-        **asdict(took),
-        tokens_per_s=shape.tokens / took.median,
-        flops=flops,
-        moved=moved,
-        floor=floor,
-        of_floor=floor / took.median,
-        peak=peak,
-    )
-
-
-def scan_operators(
-    operators: Sequence[Operator],
-    base: Shape,
-    lengths: Sequence[int],
-    tokens: int,
-    device: torch.device,
-    reached: Rates,
-    advance: Callable[..., None],
-) -> list[Measured]:
-    """Forward and backward of the operators at more lengths, for the crossover."""
-    rows = []
-    for T in lengths:
-        shape = replace(base, T=T, batch=max(1, tokens // T))
-        for operator in operators:
-            rows += measure_operator(operator, shape, device, reached, advance, scan=True)
-    return rows

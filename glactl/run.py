@@ -34,7 +34,16 @@ if TYPE_CHECKING:  # a run is listed and opened without torch's distributed part
     from glactl.tasks import Task
     from glactl.tasks.tokenizer import Tokenizer
 
-FREE = ("name", "train.log_every", "train.save_every", "train.keep_last")  # a resume may change
+FREE = (  # what a resume may change
+    "name",
+    *(
+        f"train.{field}"
+        for field in (
+            *("log_every", "save_every", "keep_last", "keep_every", "accumulate", "parallel"),
+            *("loss", "compile", "recompute", "capture"),
+        )
+    ),
+)
 
 
 class NoRun(FileNotFoundError):
@@ -46,7 +55,8 @@ class Position:
     """Where a run is in its data: sample `sample` of the order that (seed, fingerprint) fix.
 
     step counts the optimizer steps done, tokens the tokens read, and sample the rows read, since
-    the start; n_train is the rows of an epoch. done: the run has ended by its own rules.
+    the start; n_train is the rows of an epoch. done: the run has ended by its own rules. ahead: the
+    hash of the next global batches, None of a checkpoint that has none.
     """
 
     seed: int
@@ -56,6 +66,7 @@ class Position:
     tokens: int = 0
     sample: int = 0
     done: bool = False
+    ahead: str | None = None
 
     @property
     def epoch(self) -> int:
@@ -64,10 +75,13 @@ class Position:
 
 
 class Run:
-    """An existing run folder."""
+    """An existing run folder.
+
+    lead: whether this process writes metrics and events; of several that train one model, one does.
+    """
 
     def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
+        self.path, self.lead = Path(path), True
         self.spec: RunSpec = load(self.path / "spec.resolved.yaml")
 
     @classmethod
@@ -151,7 +165,8 @@ class Run:
                     f"{self.path} cannot be resumed, it was made with other settings: "
                     f"{', '.join(changed)}; start a new run instead"
                 )
-            self.event("resume", argv=sys.argv)
+            return
+        if not self.lead:
             return
         if task.tokenizer is not None:
             task.tokenizer.save(self.path / "tokenizer")
@@ -239,6 +254,8 @@ class Run:
 
     def _rewind(self, step: int) -> None:
         """Drop the metrics after `step`, of a process that died before it could save them."""
+        if not self.lead:
+            return
         path = self.path / "metrics.jsonl"
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
         whole = [line for line in lines if line.endswith("\n")]  # the last write may be half done
@@ -273,11 +290,13 @@ class Run:
 
     def log(self, record: dict[str, Any]) -> None:
         """Add a line to metrics.jsonl."""
-        _append(self.path / "metrics.jsonl", record)
+        if self.lead:
+            _append(self.path / "metrics.jsonl", record)
 
     def event(self, name: str, **details: Any) -> None:
         """Add a line to events.jsonl."""
-        _append(self.path / "events.jsonl", {"event": name, "time": now(), **details})
+        if self.lead:
+            _append(self.path / "events.jsonl", {"event": name, "time": now(), **details})
 
 
 def new_folder(stem: Path) -> Path:

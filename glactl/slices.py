@@ -41,6 +41,16 @@ class Slices:
             counts[1] += int(mine[row].sum())
             counts[2] += int(hits[mine[row]].sum())
 
+    def join(self, others: "list[Slices]") -> "Slices":
+        """All counts of `others`, batches of one split, in the place of these."""
+        joined: dict[tuple[int, int], list[int]] = {}
+        for other in others:
+            for kind, counts in other._counts.items():
+                before = joined.get(kind, [0, 0, 0])
+                joined[kind] = [a + b for a, b in zip(before, counts, strict=True)]
+        self._counts = joined
+        return self
+
     def numbers(self) -> dict[str, float]:
         """The accuracy (1) and its slices; {} where all rows are of one kind, or none came."""
         if len(self._counts) < 2:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import Field, ValidationError, create_model, model_validator
@@ -51,27 +51,43 @@ class OptimSpec(Spec):
 
 
 class TrainSpec(Spec):
-    """How long, in what portions, and how often to look and to save; all in optimizer steps.
+    """How long, in what portions, on how many devices, how often to look and to save; in steps.
+
+    batch_tokens gives the size of a step in tokens in the place of batch_size. accumulate auto is
+    the least number of micro-batches whose estimated memory fits the device; the run keeps the
+    number. keep_last checkpoints stay, and with keep_every those of its multiples.
 
     precision is that of products: auto is bf16 on a GPU that has it, fp32 elsewhere. Weights, their
-    gradients and moments, the residual, norms, gates and states are fp32 in either.
+    gradients and moments, the residual, norms, gates and states are fp32 in either. loss: how the
+    logits are held, see train_loss.py. compile: layers and loss through torch.compile. recompute:
+    what is inside of a layer is computed again in the backward pass, not kept. capture: the step as
+    a CUDA graph; auto: where its shapes do not change. parallel: how several processes of torchrun
+    share a model, see distributed.py.
     """
 
     steps: int = Field(500, ge=1)
     batch_size: int = Field(16, ge=1)  # rows a step
-    accumulate: int = Field(1, ge=1)  # micro-batches a step is cut into, to save memory
+    batch_tokens: int | None = Field(None, ge=1)
+    accumulate: Literal["auto"] | Annotated[int, Field(ge=1)] = 1  # micro-batches of a step
     valid_every: int = Field(250, ge=1)
     save_every: int = Field(250, ge=1)
-    keep_last: int = Field(2, ge=1)  # checkpoints
+    keep_last: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1)
     log_every: int = Field(1, ge=1)
     precision: Precision = "auto"
+    loss: Literal["auto", "whole", "chunked", "liger"] = "auto"
+    compile: bool = False
+    recompute: bool = False
+    capture: Literal["auto"] | bool = "auto"
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     stop_accuracy: float | None = Field(None, gt=0, le=1)  # end once validation accuracy passes it
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.batch_size % self.accumulate:
+        parts = 1 if self.accumulate == "auto" else self.accumulate
+        if self.batch_tokens is None and self.batch_size % parts:
             raise ValueError(
-                f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}"
+                f"batch_size {self.batch_size} is not a multiple of accumulate {parts}"
             )
         return self
 
@@ -137,8 +153,31 @@ class RunSpec(Spec):
         match = None if self.init is None else self.init.match
         return self.train.steps + (0 if match is None else match.steps)
 
+    @property
+    def rows(self) -> int:
+        """Rows of a step."""
+        wanted = self.train.batch_tokens
+        return self.train.batch_size if wanted is None else wanted // self.data.seq_len
+
+    @property
+    def parts(self) -> int:
+        """Micro-batches of a step. Raises ValueError where they are still to be derived."""
+        if self.train.accumulate == "auto":
+            raise ValueError("train.accumulate auto is not a number yet")
+        return self.train.accumulate
+
     @model_validator(mode="after")
     def _check(self) -> Self:
+        wanted, length = self.train.batch_tokens, self.data.seq_len
+        if wanted is not None and wanted % length:
+            raise ValueError(
+                f"train.batch_tokens {wanted} is not a multiple of data.seq_len {length}; "
+                f"nearest: {max(round(wanted / length), 1) * length}"
+            )
+        if self.train.accumulate != "auto" and self.rows % self.parts:
+            raise ValueError(
+                f"train.accumulate {self.parts} does not divide the {self.rows} rows of a step"
+            )
         longest = self.model.max_len
         if longest is not None and self.data.seq_len > longest:
             raise ValueError(
@@ -147,6 +186,15 @@ class RunSpec(Spec):
         if self.model.vocab_size is not None and self.data.kind == "mqar":
             need_vocab(self.model.vocab_size, self.data.vocab_size)
         return self
+
+
+def with_vocab(spec: RunSpec, vocab_size: int) -> RunSpec:
+    """`spec` with model.vocab_size filled in. Raises ValueError where it is set and too small."""
+    if spec.model.vocab_size is not None:
+        need_vocab(spec.model.vocab_size, vocab_size)
+        return spec
+    model = spec.model.model_copy(update={"vocab_size": vocab_size})
+    return spec.model_copy(update={"model": model})
 
 
 def need_vocab(have: int, need: int) -> None:

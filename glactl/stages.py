@@ -17,11 +17,12 @@ from glactl.device import products
 from glactl.init import agree
 from glactl.match import distance, teachers
 from glactl.models.layers import to_device
-from glactl.models.lm import LM, Block, token_losses
+from glactl.models.lm import LM, Block
 from glactl.optim import make_optimizer
 from glactl.original import Original, find_original
 from glactl.spec import OptimSpec, RunSpec
 from glactl.tasks import Batch
+from glactl.train_loss import Objective
 from glactl.transfer import calibrate, fingerprint, transfer
 
 
@@ -31,6 +32,7 @@ class Stage:
 
     optim: of its learning rate, over its own steps. module: has the parameters that move. loss: of
     a micro-batch, given the targets of the step and its number of micro-batches; these sum up.
+    objective: of training, the module that the loss goes through.
     """
 
     name: str
@@ -40,10 +42,16 @@ class Stage:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     loss: Callable[[Batch, int, int], Tensor]
+    objective: nn.Module | None = None
 
 
 def stage_at(
-    step: int, spec: RunSpec, lm: LM, find: Callable[[], Original], copied: frozenset[str]
+    step: int,
+    spec: RunSpec,
+    lm: LM,
+    find: Callable[[], Original],
+    copied: frozenset[str],
+    wrap: Callable[[Objective], nn.Module] = lambda objective: objective,
 ) -> Stage:
     """The stage of step number `step`.
 
@@ -53,19 +61,24 @@ def stage_at(
         lm: the model; which of its parameters have gradients is set.
         find: gives the checkpoint that the run began with, which matching needs.
         copied: the names of the weights that come from there.
+        wrap: gives what stands in the place of the objective of training, before there is an
+            optimizer.
     """
     match, device = None if spec.init is None else spec.init.match, lm.device
     begun = 0 if match is None else match.steps
     lm.requires_grad_(True)
     if match is None or step >= begun:
+        objective = wrap(Objective(lm, spec.train.loss, spec.train.compile))
+        device = lm.device  # where the weights are now
 
         def loss(batch: Batch, targets: int, parts: int) -> Tensor:
+            tokens, wanted, bounds = packed(batch)
             with products(device, spec.train.precision):
-                hidden, wanted = read(lm, batch, device)
-                return token_losses(lm, hidden, wanted).sum() / max(targets, 1)
+                total: Tensor = objective(to_device(tokens, device), wanted, bounds)
+            return total / max(targets, 1)
 
         optimizer = make_optimizer(lm, spec.optim)
-        return Stage("train", begun, spec.steps, spec.optim, lm, optimizer, loss)
+        return Stage("train", begun, spec.steps, spec.optim, lm, optimizer, loss, objective)
     attention = teachers(lm, find())
     for name, p in lm.named_parameters():
         p.requires_grad_(match.moves == "mixer" or name not in copied)
@@ -99,18 +112,23 @@ def read(lm: LM, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
 class Source:
     """The checkpoint that the run of `spec` begins with; it is read when it is needed.
 
-    copied: the weights that come from there. then: what a resumed run has noted of it.
+    wrap: as of `stage_at`. copied: the weights that come from there. then: what a resumed run has
+    noted of it.
     """
 
-    def __init__(self, spec: RunSpec) -> None:
-        self.spec = spec
+    def __init__(
+        self,
+        spec: RunSpec,
+        wrap: Callable[[Objective], nn.Module] = lambda objective: objective,
+    ) -> None:
+        self.spec, self.wrap = spec, wrap
         self.copied: frozenset[str] = frozenset()
         self.then: dict[str, str] | None = None
         self._found: Original | None = None
 
     def stage(self, step: int, lm: LM) -> Stage:
         """The stage of this step; its optimizer is new."""
-        return stage_at(step, self.spec, lm, self._original, self.copied)
+        return stage_at(step, self.spec, lm, self._original, self.copied, self.wrap)
 
     def begin(self, lm: LM, batch: Batch) -> dict[str, Any]:
         """Give `lm` the weights to start with, fitted on a batch; the record of both.

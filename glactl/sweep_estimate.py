@@ -11,8 +11,9 @@ from itertools import pairwise
 import torch
 
 from glactl.models.cost import lm_cost
+from glactl.spec import with_vocab
 from glactl.sweep_grid import Trial
-from glactl.train import train, with_vocab
+from glactl.train import train
 
 STEPS = 3  # the first of which is not counted
 TOKENS = 4096  # of a step, or one row

@@ -9,9 +9,9 @@ mixers stays as it is.
 """
 
 import hashlib
-import math
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -19,12 +19,18 @@ import yaml
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import KINDS
-from glactl.spec import RunSpec, check, spec_hash
+from glactl.spec import RunSpec, check, spec_hash, with_vocab
 from glactl.spec_source import Place, Source, SpecError, nearest
+from glactl.sweep_file import GridFile, learning_rates, names, read_grid, whole_numbers
 from glactl.tasks.mqar import MQARSpec
-from glactl.train import with_vocab
 
-FORMS = ("identity", "hybrid")
+FORMS = ["identity", "hybrid"]
+STEPS = {  # what trial_steps.py does, of the ways in which a spec may have a step taken
+    "compile": (False,),
+    "recompute": (False,),
+    "loss": ("auto", "whole"),
+    "parallel": ("auto", "none"),
+}
 FIRST = {"kind": "conv", "width": 3}  # of a hybrid
 
 
@@ -111,6 +117,7 @@ class Grid:
 def make_grid(
     preset: str | None = None,
     *,
+    file: Path | None = None,
     dims: str | None = None,
     mixers: str | None = None,
     lrs: str | None = None,
@@ -119,10 +126,11 @@ def make_grid(
     seqlen: int | None = None,
     form: str | None = None,
 ) -> Grid:
-    """The sweep of `preset` with the options that are not None in place of its own values.
+    """The sweep of `preset`, changed by a file, changed by the options that are not None.
 
     Args:
-        preset: a name of `presets()`; None is "quick".
+        preset: a name of `presets()`; None is the file's, or "quick".
+        file: a grid; see sweep_file.py.
         dims, lrs, seeds: numbers with commas between them.
         mixers: names with commas between them: the preset's, or a mixer's kind; "all": the preset's
             and every other kind but conv, which alone sees two tokens back.
@@ -131,29 +139,36 @@ def make_grid(
 
     Raises:
         ValueError: an option that is not such a list, or a trial whose spec is not valid.
+        FileNotFoundError: no such file.
     """
-    name = preset or "quick"
-    data = read_preset(name)
-    widths = whole_numbers("dims", dims, 1) if dims is not None else data["dims"]
-    rates = learning_rates(lrs) if lrs is not None else [float(x) for x in data["lrs"]]
-    draws = whole_numbers("seeds", seeds, 0) if seeds is not None else data["seeds"]
-    known: dict[str, dict[str, Any]] = data["mixers"]
-    names = _items("mixers", mixers, "names, attention,gla") if mixers is not None else [*known]
-    if names == ["all"]:
-        names = [*known, *(kind for kind in KINDS if kind not in known and kind != "conv")]
-    form = data.get("form", "identity") if form is None else form
-    if form not in FORMS:
-        raise ValueError(
-            f"--form is {form!r}; allowed: {', '.join(FORMS)}{nearest(form, [*FORMS])}"
-        )
-    chosen = {n: known.get(n, {"model": {"mixer": n}}) for n in names}
+    asked = read_grid(file)
+    base = preset or asked.values.get("preset") or "quick"
+    data = read_preset(base)
+    changed: dict[str, Any] = {
+        "run": _merged(data["run"], asked.part("run")),
+        "lengths": _merged(data.get("lengths", {}), asked.part("lengths")),
+    }
 
-    places: dict[Place, str] = {}
-    run = data["run"]
+    def listed(key: str, option: str | None) -> tuple[str, str]:
+        if option is not None:
+            return f"--{key}", option
+        return asked.text(key) or (f"preset {base}: {key}", ",".join(map(str, data[key])))
+
+    widths = whole_numbers(*listed("dims", dims), least=1)
+    rates = learning_rates(*listed("lrs", lrs))
+    draws = whole_numbers(*listed("seeds", seeds), least=0)
+    where, form = asked.text("form") or ("", "") if form is None else ("--form", form)
+    form = form if where else data.get("form", "identity")
+    if form not in FORMS:
+        raise ValueError(f"{where} is {form!r}; allowed: {', '.join(FORMS)}{nearest(form, FORMS)}")
+    chosen = _mixers(data["mixers"], mixers, asked)
+
+    run, places = changed["run"], asked.below("run")
     if seqlen is not None:
         run = _merged(run, {"data": {"seq_len": seqlen}})
         places["data", "seq_len"] = f"--seqlen {seqlen}"
-    run = _merged(run, data.get("lengths", {}).get(run["data"].get("seq_len"), {}))
+    run = _merged(run, changed["lengths"].get(run["data"].get("seq_len"), {}))
+    run = _merged(run, asked.part("run"))
     if pairs is not None:
         run = _merged(run, {"data": {"pairs": pairs}})
         places["data", "pairs"] = f"--pairs {pairs}"
@@ -163,7 +178,23 @@ def make_grid(
         for n, changes in chosen.items()
         for seed in draws
     ]
-    return Grid(name, form, widths, chosen, rates, draws, run, cells)
+    return Grid(asked.name or base, form, widths, chosen, rates, draws, run, cells)
+
+
+def _mixers(
+    known: dict[str, dict[str, Any]], option: str | None, asked: GridFile
+) -> dict[str, dict[str, Any]]:
+    """The mixers that were asked for, and what each changes."""
+    if isinstance(asked.values.get("mixers"), dict):
+        known = known | asked.part("mixers")
+        written = "mixers", ",".join(asked.part("mixers"))
+    else:
+        written = asked.text("mixers") or ("mixers", ",".join(known))
+    where, text = written if option is None else ("--mixers", option)
+    chosen = names(where, text, "names, attention,gla")
+    if chosen == ["all"]:
+        chosen = [*known, *(kind for kind in KINDS if kind not in known and kind != "conv")]
+    return {n: known.get(n, {"model": {"mixer": n}}) for n in chosen}
 
 
 def slice_names(data: MQARSpec) -> list[str]:
@@ -175,37 +206,6 @@ def presets() -> list[str]:
     """The names of the presets."""
     files = resources.files("glactl").joinpath("presets_mqar").iterdir()
     return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
-
-
-def whole_numbers(name: str, text: str, least: int) -> list[int]:
-    """The integers in "64,128", without repeats. Raises ValueError; `name` is the option's."""
-    allowed = f"whole numbers of {least} or more, 64,128"
-    items = _items(name, text, allowed)
-    for item in items:
-        if not (item.isascii() and item.isdigit()) or int(item) < least:
-            raise ValueError(f"--{name} has {item!r}; allowed: {allowed}")
-    return list(dict.fromkeys(map(int, items)))
-
-
-def learning_rates(text: str) -> list[float]:
-    """The learning rates in "1e-3,3e-3", without repeats. Raises ValueError."""
-    allowed = "numbers above 0, 1e-3,3e-3"
-    rates: list[float] = []
-    for item in _items("lrs", text, allowed):
-        try:
-            rates.append(float(item))
-        except ValueError:
-            raise ValueError(f"--lrs has {item!r}; allowed: {allowed}") from None
-        if not 0 < rates[-1] < math.inf:
-            raise ValueError(f"--lrs has {item!r}; allowed: {allowed}")
-    return list(dict.fromkeys(rates))
-
-
-def _items(name: str, text: str, allowed: str) -> list[str]:
-    items = [item.strip() for item in text.split(",")]
-    if not all(items):
-        raise ValueError(f"--{name} is {text!r}; allowed: {allowed}")
-    return list(dict.fromkeys(items))
 
 
 def read_preset(name: str) -> dict[str, Any]:
@@ -240,16 +240,30 @@ def _trial(
         ("model", "mixer"): f"--mixers {mixer}",
     }
     # a fault of the whole data (4 pairs > seq_len) is at "data": name the options that touched it
-    touched = " ".join(places.values())
+    touched = " ".join(dict.fromkeys(line for p, line in places.items() if p[0] == "data"))
     if touched:
         origin["data",] = touched
     spec = check(Source(data, {**origin, **places}))
     if not isinstance(spec.data, MQARSpec):
         raise ValueError(f"data.kind is {spec.data.kind!r}; a sweep's allowed: mqar")
+    _check_steps(spec)
     model = with_vocab(spec, spec.data.vocab_size).model
     cost = lm_cost(model, spec.data.seq_len)
     work = training_work(spec, spec.data, model)
     return Trial(mixer, dim, lr, seed, spec, spec_hash(spec), cost.params, cost.state_bytes, work)
+
+
+def _check_steps(spec: RunSpec) -> None:
+    """Raise ValueError where a spec asks for what the steps of a trial do not have."""
+    if spec.init is not None:
+        raise ValueError("init is set; the trials of a sweep begin with weights of their own")
+    for name, allowed in STEPS.items():
+        value = getattr(spec.train, name)
+        if value not in allowed:
+            said = " or ".join(map(str, allowed))
+            raise ValueError(f"train.{name} is {value}; allowed in a sweep: {said}")
+    if spec.train.accumulate == "auto":
+        raise ValueError("train.accumulate is auto; allowed in a sweep: a number")
 
 
 def training_work(spec: RunSpec, data: MQARSpec, model: LMSpec) -> float:
@@ -261,7 +275,7 @@ def training_work(spec: RunSpec, data: MQARSpec, model: LMSpec) -> float:
     for part in data.segments("valid"):
         of_validation += part.rows * part.seq_len * lm_cost(model, part.seq_len).flops_token
     validations = -(-plan.steps // plan.valid_every)
-    return plan.steps * plan.batch_size * of_row + validations * of_validation
+    return plan.steps * spec.rows * of_row + validations * of_validation
 
 
 def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from glactl import console
 from glactl.sweep_grid import Grid
-from glactl.sweep_html import page
+from glactl.sweep_html import html
 from glactl.sweep_plot import draw
 from glactl.sweep_rows import Row, Spread, replaced
 
@@ -32,6 +32,7 @@ def print_table(rows: list[Row]) -> None:
             cells.append(None if row.lowest is None else f"{row.lowest:.3f}–{row.highest:.3f}")
         steps = None if row.steps is None else round(row.steps)
         notes = [f"{row.skipped} skipped"] * (row.skipped > 0)
+        notes += [f"{row.pruned} pruned"] * (row.pruned > 0)
         notes += [f"{row.errors} failed"] * (row.errors > 0 and row.status != "failed")
         table.append([*cells, steps, row.seconds, ", ".join([row.status, *notes])])
     console.table(columns, table)
@@ -58,7 +59,7 @@ def write(folder: Path, grid: Grid, rows: list[Row]) -> list[str]:
     replaced(folder / "slices.csv", lambda path: _slices_csv(path, grid, rows))
     figures = draw(folder, grid, rows)
     pictures = [(folder / f"{name}.svg").read_text() for name in figures]
-    replaced(folder / "report.html", lambda path: path.write_text(page(grid, rows, pictures)))
+    replaced(folder / "report.html", lambda path: path.write_text(html(grid, rows, pictures)))
     drawn = [f"{name}.{end}" for name in figures for end in ("svg", "png")]
     return ["results.jsonl", "table.csv", "slices.csv", *drawn, "report.html", "sweep.yaml"]
 

@@ -16,18 +16,21 @@ from glactl.console import finite
 from glactl.sweep_grid import Trial
 
 ERRORS = ("diverged", "failed")
-Ended = Literal["done", "diverged", "failed"]
-Status = Literal["done", "diverged", "failed", "skipped", "missing"]
+LATER = {"slices": None, "curve": None, "pruned": None}  # what older lines lack
+Curve = tuple[tuple[int, float], ...]  # (step, accuracy)
+Ended = Literal["done", "pruned", "diverged", "failed"]
+Status = Literal["done", "pruned", "diverged", "failed", "skipped", "missing"]
 
 
 @dataclass(frozen=True)
 class Result:
     """How a trial ended.
 
-    status: done; diverged (the loss was not finite) or failed (another error), with the error's
-    line. accuracy and loss (nats a target) are of the last validation, steps those taken, seconds
-    those of the whole trial; accuracy and loss are None where it was never validated. slices: of a
-    mixture, the accuracy of each length and number of pairs, by "L/n".
+    status: done; pruned (see sweep_prune.py), with the reason; diverged (the loss was not finite)
+    or failed (another error), with the error's line. accuracy and loss (nats a target) are of the
+    last validation, steps those taken, seconds those of computing; accuracy and loss are None where
+    it was never validated. slices: of a mixture, the accuracy of each length and number of pairs,
+    by "L/n". curve: the accuracy of every validation.
     """
 
     key: str
@@ -38,6 +41,8 @@ class Result:
     seconds: float
     error: str | None = None
     slices: dict[str, float] | None = None
+    curve: Curve | None = None
+    pruned: str | None = None
 
 
 @dataclass(frozen=True)
@@ -59,10 +64,15 @@ class Outcome:
 
 
 class Results:
-    """The file at `path`, which need not exist yet."""
+    """The file at `path`, which need not exist yet.
+
+    Attributes:
+        lines: key -> the line, from 0, of the result that `load` found last.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lines: dict[str, int] = {}
 
     def load(self) -> dict[str, Result]:
         """Key -> result, as the file stands now.
@@ -73,13 +83,13 @@ class Results:
         found: dict[str, Result] = {}
         if not self.path.exists():
             return found
-        for line in self.path.read_bytes().split(b"\n"):
+        for i, line in enumerate(self.path.read_bytes().split(b"\n")):
             result = _parsed(line)
             if result is None:
                 continue
             before = found.get(result.key)
             if result.status == "done" or before is None or before.status != "done":
-                found[result.key] = result
+                found[result.key], self.lines[result.key] = result, i
         return found
 
     def add(self, result: Result, details: dict[str, Any]) -> None:
@@ -105,20 +115,26 @@ def passed(trial: Trial, result: Result | None) -> bool:
     return result.accuracy > goal
 
 
-def pending(cell: list[Trial], known: dict[str, Result], retry_failed: bool = False) -> list[Trial]:
-    """The trials of a cell that are still to run: none once one has passed."""
+def pending(
+    cell: list[Trial], known: dict[str, Result], retry_failed: bool = False, prune: bool = False
+) -> list[Trial]:
+    """The trials of a cell that are still to run: none once one has passed.
+
+    Those that ended in an error only with retry_failed; those that were pruned unless `prune`.
+    """
     if any(passed(t, known.get(t.key)) for t in cell):
         return []
-    return [
-        t for t in cell if t.key not in known or (retry_failed and known[t.key].status in ERRORS)
-    ]
+    again = (*(ERRORS if retry_failed else ()), *(() if prune else ("pruned",)))
+    return [t for t in cell if t.key not in known or known[t.key].status in again]
 
 
 def _parsed(line: bytes) -> Result | None:
     """The result in a line; None for a line that is none, such as half of one."""
     try:
         record = json.loads(line)
-        record = {"slices": None} | record  # a line written before there were mixtures has none
+        record = LATER | record
+        if record["curve"] is not None:
+            record["curve"] = tuple((int(step), float(x)) for step, x in record["curve"])
         result = Result(**{field.name: record[field.name] for field in fields(Result)})
     except (ValueError, KeyError, TypeError):
         return None

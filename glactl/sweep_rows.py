@@ -23,12 +23,12 @@ class Spread:
 class Row:
     """The best that a mixer of one width came to.
 
-    Of each seed the trial with the highest accuracy counts. lr lists their learning rates (one,
-    where the seeds agree); accuracy, steps and seconds are means over the seeds, lowest and highest
-    the extreme accuracies. seconds_all is the time of every trial of the row. status: solved (each
-    seed passed the goal), unsolved, failed (errors only) or not run; skipped and errors count
-    trials. slices: of a mixture, by "L/n", None where no trial has that one. keys: of the trials
-    that count.
+    Of each seed the trial with the highest accuracy counts, one that was pruned as far as it came.
+    lr lists their learning rates (one, where the seeds agree); accuracy, steps and seconds are
+    means over the seeds, lowest and highest the extreme accuracies. seconds_all is the time of
+    every trial of the row. status: solved (each seed passed the goal), unsolved, failed (errors
+    only) or not run; skipped, pruned and errors count trials. slices: of a mixture, by "L/n", None
+    where no trial has that one. keys: of the trials that count.
     """
 
     mixer: str
@@ -46,6 +46,7 @@ class Row:
     goal: float | None
     status: str
     skipped: int
+    pruned: int
     errors: int
     slices: dict[str, Spread | None]
     keys: tuple[str, ...]
@@ -66,7 +67,7 @@ def _row(group: list[Outcome]) -> Row:
     first = group[0].trial
     best: dict[int, Outcome] = {}
     for o in group:
-        if o.status == "done":
+        if o.status in ("done", "pruned"):
             now = best.get(o.trial.seed)
             if now is None or _accuracy(o) > _accuracy(now):
                 best[o.trial.seed] = o
@@ -95,6 +96,7 @@ def _row(group: list[Outcome]) -> Row:
         goal=first.spec.train.stop_accuracy,
         status=status,
         skipped=sum(o.status == "skipped" for o in group),
+        pruned=sum(o.status == "pruned" for o in group),
         errors=errors,
         slices=_slices(first, found),
         keys=tuple(o.trial.key for o in best.values()),

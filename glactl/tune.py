@@ -32,7 +32,7 @@ from glactl.device import DeviceUnavailable, pick_device
 from glactl.kernels import tuned
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import base
-from glactl.profile import SLOTS, parse_dtype, parse_lengths
+from glactl.profile_plan import SLOTS, parse_dtype, parse_lengths
 from glactl.spec import load
 from glactl.spec_source import nearest
 from glactl.tune_trial import Trial, Work, parse

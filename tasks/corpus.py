@@ -25,7 +25,29 @@ NO_LIBRARY = {  # folders beside or inside of the standard library that are no p
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 
-def documents(source: str, limit: int | None = None) -> Iterator[str]:
+class Mark:
+    """Where in a data set of the hub a reader is, so that another one goes on from there.
+
+    state: what `state` of another mark gave; None: begin at the start.
+    """
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        self._start, self._stream = state, None
+
+    def follow(self, stream: Any) -> None:
+        """Take the stream, an IterableDataset, to where this mark is, and follow its reader."""
+        if self._start is not None:
+            stream.load_state_dict(self._start)
+        self._stream = stream
+
+    def state(self) -> dict[str, Any] | None:
+        """Behind the last document read, as JSON can hold it; None of files and folders."""
+        return None if self._stream is None else self._stream.state_dict()
+
+
+def documents(
+    source: str, limit: int | None = None, whole: bool = False, mark: Mark | None = None
+) -> Iterator[str]:
     """The documents of a source in a fixed order, none of them blank.
 
     Args:
@@ -33,17 +55,19 @@ def documents(source: str, limit: int | None = None) -> Iterator[str]:
             text (.txt), JSON lines with "text" (.jsonl) or a table with a column "text"
             (.parquet); a folder of such files; or a data set of the hub, "owner/name" or
             "owner/name:config", whose train split is streamed.
-        limit: documents to read at most; a data set of the hub needs one.
+        limit: documents to read at most; a data set of the hub needs one, unless `whole`.
+        whole: a data set of the hub may be read to its end.
+        mark: where to begin in a data set of the hub; it follows. Files are read from their start.
 
     Raises:
         ValueError: a file is of another kind, not UTF-8 or without text; names the file and line.
         FileNotFoundError: no such file.
         DataUnavailable: a data set of the hub that cannot be had.
     """
-    return islice(filter(str.strip, _documents(source, limit)), limit)
+    return islice(filter(str.strip, _documents(source, limit is not None or whole, mark)), limit)
 
 
-def _documents(source: str, limit: int | None) -> Iterator[str]:
+def _documents(source: str, hub: bool, mark: Mark | None) -> Iterator[str]:
     path = Path(source)
     if source == "pydoc":
         return _pydoc()
@@ -56,12 +80,12 @@ def _documents(source: str, limit: int | None) -> Iterator[str]:
         match = get_close_matches(path.name, sorted(near), n=1)
         hint = f"; did you mean {match[0]}?" if match else ""
         raise FileNotFoundError(f"no text at {source}{hint}")
-    if limit is None:
+    if not hub:
         raise ValueError(
             f"source {source!r} is no file or folder here; for a data set of the hub, "
             "limit must say how many documents to read"
         )
-    return _hub(source)
+    return _hub(source, mark)
 
 
 def _pydoc() -> Iterator[str]:
@@ -219,15 +243,15 @@ def _parquet(file: Path) -> Iterator[str]:
             yield text
 
 
-def _hub(source: str) -> Iterator[str]:
-    for row in _rows(source):
+def _hub(source: str, mark: Mark | None) -> Iterator[str]:
+    for row in _rows(source, mark):
         text = row.get("text")
         if not isinstance(text, str):
             raise ValueError(f"data set {source} has no field 'text'; its fields: {', '.join(row)}")
         yield text
 
 
-def _rows(source: str) -> Iterator[dict[str, Any]]:
+def _rows(source: str, mark: Mark | None) -> Iterator[dict[str, Any]]:
     import datasets
     from huggingface_hub import constants
 
@@ -235,7 +259,10 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
     hub.reach("dataset", name)
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE
     try:
-        yield from datasets.load_dataset(name, config or None, split="train", streaming=True)
+        stream = datasets.load_dataset(name, config or None, split="train", streaming=True)
+        if mark is not None:
+            mark.follow(stream)
+        yield from stream
     except ValueError as error:  # an unknown config or split
         raise ValueError(f"data set {source}: {hub.reason(error)}") from None
     except Exception as error:  # of several libraries below, and of the network

@@ -15,6 +15,8 @@ take distinct ones, drawn in turn without replacement with probabilities
 so that most queries come soon. A key's value is the target where the key stands again, and is not
 put into the row. All other places hold 0 or, with random_non_queries, a token of [0, V).
 
+The rows are made by mqar_rows.py, on any device, and mqar_device.py makes batches of them there.
+
 A mixture is made of segments, each of rows of one length and number of pairs. An epoch has the
 segments in the order of the list; a batch whose rows have one length is a table of them, and one
 that reaches from one length into the next is packed, its rows end to end in one.
@@ -42,13 +44,13 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from glactl.models.spec import Spec
+from glactl.tasks.mqar_rows import Rows
 from glactl.tasks.task import Batch, RowOrder
 from glactl.tasks.tokenizer import Tokenizer
 
-GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 Split = Literal["train", "valid"]
 SPLITS: tuple[Split, Split] = ("train", "valid")
-TABLE = 2**21  # entries of the largest table of choices: what a batch needs beside itself
+TABLE = 2**21  # numbers of the largest table that making a block of rows needs
 
 
 class Segment(Spec):
@@ -138,7 +140,7 @@ class MQARTask:
         spec: what to make.
         seed: at least 0. Another seed gives other rows and another order.
 
-    Cost: O(rows (L + V + n)) time; no row is kept.
+    Cost: O(rows (L + n log n)) time; of the rows, those of the latest validation are kept.
     """
 
     tokenizer: Tokenizer | None = None
@@ -149,6 +151,7 @@ class MQARTask:
         parts = spec.segments("train")
         self._first = np.cumsum([0, *(part.rows for part in parts)])  # row of each segment; n_train
         self._orders = [RowOrder(part.rows, seed) for part in parts]
+        self._valid: tuple[int, list[Batch]] = 0, []  # batches of so many rows
         # The rows follow from the settings and this code; the first ones stand for the code.
         # A field of the mixture at its default is left out: it changes no fingerprint.
         later = {name for name in ("train", "valid") if getattr(spec, name) is None}
@@ -177,9 +180,8 @@ class MQARTask:
         parts = []
         for rows in np.split(np.arange(batch_size), cuts):
             i, first = int(segment[rows[0]]), int(place[rows[0]])
-            numbers = first - self._first[i] + np.arange(len(rows))
-            if self.spec.shuffle:
-                numbers = self._orders[i].of(int(epoch[rows[0]]), numbers)
+            places = first - self._first[i] + np.arange(len(rows))
+            numbers = self.order(i, int(epoch[rows[0]]), places)
             parts.append(self._batch("train", i, numbers))
         return _joined(parts)
 
@@ -189,6 +191,15 @@ class MQARTask:
         A batch has rows of one segment, and no more tokens than batch_size of the longest rows
         that are trained on, unless one row has; the last of each may be smaller.
         """
+        if self._valid[0] != batch_size:
+            self._valid = batch_size, list(self._validation(batch_size))
+        yield from self._valid[1]
+
+    def order(self, segment: int, epoch: int, places: np.ndarray) -> np.ndarray:
+        """The numbers of the rows at these places, from 0, of a segment in an epoch."""
+        return self._orders[segment].of(epoch, places) if self.spec.shuffle else places
+
+    def _validation(self, batch_size: int) -> Iterator[Batch]:
         longest = max(part.seq_len for part in self.spec.segments("train"))
         for i, part in enumerate(self.spec.segments("valid")):
             size = max(1, min(batch_size, batch_size * longest // part.seq_len))
@@ -227,6 +238,18 @@ def _joined(parts: list[Batch]) -> Batch:
     return Batch(tokens, targets, cu_seqlens=bounds, pairs=pairs, lengths=lengths)
 
 
+def rows_of(
+    spec: MQARSpec, seed: int, split: Split, segment: int = 0, device: torch.device | str = "cpu"
+) -> Rows:
+    """What makes the rows of a split, or of one segment of a mixture, on `device`."""
+    part = spec.segments(split)[segment]
+    which = () if spec.train is None else (1 + segment,)
+    sequence = np.random.SeedSequence((seed, int(split == "valid"), *which))
+    start = int(sequence.generate_state(1, np.uint64)[0])
+    filled, power = spec.random_non_queries, spec.power_a
+    return Rows(spec.vocab_size, part.seq_len, part.pairs, power, filled, start, device)
+
+
 def make_rows(
     spec: MQARSpec, seed: int, split: Split, rows: np.ndarray, segment: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -242,75 +265,15 @@ def make_rows(
     Returns:
         tokens (B, L) int64 and targets (B, L) int64, -100 where nothing is asked.
 
-    Cost: O(B (L + V + n)) time, in blocks of which each needs at most about 2 TABLE numbers.
+    Cost: O(B (L + n log n)) time, in blocks of which each needs at most about TABLE numbers.
     """
-    part, V = spec.segments(split)[segment], spec.vocab_size
-    L = part.seq_len
-    which = () if spec.train is None else (1 + segment,)
-    sequence = np.random.SeedSequence((seed, int(split == "valid"), *which))
-    start = sequence.generate_state(1, np.uint64)[0]
-    tokens = np.zeros((len(rows), L), np.int64)
-    targets = np.full((len(rows), L), -100, np.int64)
-    block = max(1, TABLE // max(V, L))
+    made = rows_of(spec, seed, split, segment)
+    block = max(1, TABLE // made.length)
+    tokens = np.empty((len(rows), made.length), np.int64)
+    targets = np.full((len(rows), made.length), -100, np.int64)
     for at in range(0, len(rows), block):
         cut = slice(at, at + block)
-        numbers = rows[cut].astype(np.uint64)
-        _write(spec, part.pairs, start, numbers, tokens[cut], targets[cut])
+        row, asked, wanted = made(torch.from_numpy(rows[cut].astype(np.int64)))
+        tokens[cut] = row.numpy()
+        np.put_along_axis(targets[cut], asked.numpy(), wanted.numpy(), axis=1)
     return tokens, targets
-
-
-def _write(
-    spec: MQARSpec,
-    n: int,
-    start: np.uint64,
-    rows: np.ndarray,
-    tokens: np.ndarray,
-    targets: np.ndarray,
-) -> None:
-    """Write the given rows into tokens (B, L), which is zero, and targets, which is -100."""
-    L, V = tokens.shape[1], spec.vocab_size
-    slots = (L - 2 * n) // 2
-    # As many draws a row whatever is used of them: n keys, n values, the slots, L fillings.
-    first = rows * np.uint64(2 * n + slots + L)
-    keys = 1 + _choose(_draws(start, first, n), V // 2 - 1)
-    values = V // 2 + _choose(_draws(start, first + np.uint64(n), n), V - V // 2)
-    uniform = _draws(start, first + np.uint64(2 * n), slots) >> np.uint64(11)
-    exponential = -np.log((uniform + 0.5) * 2.0**-53)
-    arrival = exponential * np.arange(1, slots + 1) ** (1 - spec.power_a)  # (3) with (1)
-    asked = 2 * n + 2 * np.argsort(arrival, axis=1)[:, :n]  # (B, n): where key i stands again
-    if spec.random_non_queries:
-        tokens[:] = _below(V, _draws(start, first + np.uint64(2 * n + slots), L))
-    tokens[:, 0 : 2 * n : 2] = keys
-    tokens[:, 1 : 2 * n : 2] = values
-    np.put_along_axis(tokens, asked, keys, axis=1)
-    np.put_along_axis(targets, asked, values, axis=1)
-
-
-def _draws(start: np.uint64, first: np.ndarray, count: int) -> np.ndarray:
-    """Elements first, ..., first + count - 1 of the sequence (2): (B, count) uint64."""
-    x = (first[:, None] + np.arange(count, dtype=np.uint64)) * GOLDEN + start  # mod 2^64
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _below(limit: int, draws: np.ndarray) -> np.ndarray:
-    """Integers of [0, limit), int64; limit < 2^31. No one is likelier by more than limit / 2^32."""
-    return ((draws >> np.uint64(32)) * np.uint64(limit) >> np.uint64(32)).astype(np.int64)
-
-
-def _choose(draws: np.ndarray, limit: int) -> np.ndarray:
-    """n of [0, limit) without replacement for each row, in random order.
-
-    The first n steps of Fisher and Yates' shuffle, one for each column of draws (B, n).
-
-    Returns:
-        (B, n) int32.
-    """
-    B, n = draws.shape
-    table = np.tile(np.arange(limit, dtype=np.int32), (B, 1))
-    row = np.arange(B)
-    for i in range(n):
-        j = i + _below(limit - i, draws[:, i])
-        table[row, i], table[row, j] = table[row, j], table[row, i]
-    return table[:, :n]

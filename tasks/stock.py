@@ -57,13 +57,19 @@ def resolve(names: str) -> list[str]:
     return found
 
 
-def write_tasks(tasks: list[str], folder: Path, data: Path | None = None) -> None:
+def write_tasks(
+    tasks: list[str],
+    folder: Path,
+    data: Path | None = None,
+    revisions: dict[str, str] | None = None,
+) -> None:
     """Write the task files that lm_eval.tasks.TaskManager(include_path=folder) reads.
 
     Args:
         tasks: names from `resolve`.
         folder: an empty folder.
         data: a data folder; None: the data sets that lm-eval names, from the hub or its cache.
+        revisions: task -> the revision of its data set that is read; of the others the newest.
 
     Raises:
         FileNotFoundError: `data`, a task's folder in it, or the split that the task needs is
@@ -88,6 +94,9 @@ def write_tasks(tasks: list[str], folder: Path, data: Path | None = None) -> Non
             files = _data_files(task, data)
             own |= {"dataset_path": None, "dataset_name": None, "dataset_kwargs": {"files": files}}
             own |= {key: None for key, split in _splits(task).items() if split not in files}
+        elif revisions and task in revisions:
+            given = {} if task in CLASSES else _config(_file(task)).get("dataset_kwargs") or {}
+            own["dataset_kwargs"] = given | {"revision": revisions[task]}
         text = yaml.safe_dump(own, sort_keys=False)
         text += "".join(f"{key}: !function {name}\n" for key, name in functions.items())
         (folder / f"{task}.yaml").write_text(text)
@@ -133,7 +142,7 @@ def read_rows(files: dict[str, str], **_: Any) -> dict[str, Any]:
     found = {}
     for split, path in files.items():
         try:
-            found[split] = Dataset.from_list(_rows(Path(path)))
+            found[split] = Dataset.from_list(read_jsonl(Path(path)))
         except (ValueError, TypeError) as error:  # pyarrow's are among them
             raise ValueError(f"{path}: fields differ from row to row: {error}") from None
     return found
@@ -141,6 +150,31 @@ def read_rows(files: dict[str, str], **_: Any) -> dict[str, Any]:
 
 def _data_files(task: str, data: Path) -> dict[str, str]:
     """split -> file for the splits of `task` that `data` holds, all of them readable."""
+    folder = _data_folder(task, data)
+    files = {
+        split: str((folder / f"{split}.jsonl").resolve())
+        for split in _splits(task).values()
+        if (folder / f"{split}.jsonl").is_file()
+    }
+    measured_file(task, data)
+    for file in files.values():
+        read_jsonl(Path(file))
+    return files
+
+
+def measured_file(task: str, data: Path) -> Path:
+    """The file of a data folder that `task` is measured on. Raises FileNotFoundError."""
+    folder = _data_folder(task, data)
+    splits = _splits(task)
+    # lm-eval measures on the test split of a task that has one, else on the validation split
+    needed = splits.get("test_split") or splits.get("validation_split")
+    file = folder / f"{needed}.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no {needed}.jsonl, which {task} is measured on")
+    return file
+
+
+def _data_folder(task: str, data: Path) -> Path:
     options = [data / name for name in dict.fromkeys((_folder(task), task))]
     folder = next((f for f in options if f.is_dir()), None)
     if folder is None:
@@ -148,24 +182,14 @@ def _data_files(task: str, data: Path) -> dict[str, str]:
         raise FileNotFoundError(
             f"--data-dir {data} has no folder {_folder(task)}; it has: {', '.join(there) or 'none'}"
         )
-    splits = _splits(task)
-    files = {
-        split: str((folder / f"{split}.jsonl").resolve())
-        for split in splits.values()
-        if (folder / f"{split}.jsonl").is_file()
-    }
-    # lm-eval measures on the test split of a task that has one, else on the validation split
-    needed = splits.get("test_split") or splits.get("validation_split")
-    if needed not in files:
-        raise FileNotFoundError(f"{folder} has no {needed}.jsonl, which {task} is measured on")
-    for file in files.values():
-        _rows(Path(file))
-    return files
+    return folder
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines. Raises ValueError with the line that is no JSON object."""
     rows = []
-    for n, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # not splitlines: a string of JSON may hold other line ends than \n
+    for n, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -221,6 +245,7 @@ def _find(task: str) -> tuple[str, Path]:
 _NAME = re.compile(
     r"""^["']?(task|group|tag)["']?:[ \t]*["']?([\w.+-]+)["']?[ \t]*(?:#.*)?$""", re.M
 )
+_TAGS = re.compile(r"^tag:[ \t]*\n((?:[ \t]*-[ \t]*\S+[ \t]*\n)+)", re.M)  # a list of them
 COMMON: tuple[str, ...] = ("arc", "drop", "fda", "hellaswag", "lambada", "nq_open", "openbookqa")
 COMMON += ("piqa", "sciq", "squad_completion", "super_glue", "swde", "triviaqa", "wikitext")
 COMMON += ("winogrande",)
@@ -232,7 +257,9 @@ def _known(everything: bool = False) -> dict[str, tuple[str, Path]]:
     found: dict[str, tuple[str, Path]] = {}
     for root in [_root()] if everything else [_root() / name for name in COMMON]:
         for path in sorted(root.rglob("*.yaml")):
-            for kind, name in _NAME.findall(path.read_text(encoding="utf-8", errors="replace")):
+            text = path.read_text(encoding="utf-8", errors="replace")
+            tags = [("tag", tag) for of in _TAGS.findall(text) for tag in of.split() if tag != "-"]
+            for kind, name in [*_NAME.findall(text), *tags]:
                 if kind == "task" or name not in found:  # some tasks have the name of their tag
                     found[name] = (kind, path)
     return found

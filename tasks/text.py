@@ -1,13 +1,7 @@
 """Language modelling on text: documents, split by their hash, as rows of one stream of tokens.
 
-The documents of a split are laid end to end in one stream, framed by the special tokens,
-
-    BOS document EOS BOS document EOS ...    where BOS and EOS differ
-    END document END document ... END        where there is one token for both, or one of the two,
-                                             and with frame "bos", END being BOS
-    document document ...                    where there is neither
-
-and row r of T tokens reads stream[r T : r T + T] and is asked for stream[r T + 1 : r T + T + 1].
+The documents of a split are framed and laid end to end in one stream (frames.py), of which row r of
+T tokens reads stream[r T : r T + T] and is asked for the same one token further on (packing.py).
 With rows "documents", row r is document r alone, from the beginning of its frame; what is behind
 its first T targets is left out. A document is held out for validation where the first byte of its
 sha256 is below 16, one in 16 of them; where none is, the one with the least hash. So copies of a
@@ -17,8 +11,7 @@ its own, its documents are those held out, and all others are trained on.
 
 import hashlib
 import json
-from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -28,6 +21,8 @@ from pydantic import Field, model_validator
 from glactl.models.spec import Spec
 from glactl.tasks.corpus import documents
 from glactl.tasks.floors import MAX_TEXT, floors
+from glactl.tasks.frames import Frame, Frames
+from glactl.tasks.packing import pack
 from glactl.tasks.task import Batch, RowOrder
 from glactl.tasks.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,7 +39,7 @@ class TextSpec(Spec):
     packed: bool = False  # the state begins anew at each document, not only at each row
     limit: int | None = Field(None, ge=1)  # documents to read; needed for data of the hub
     rows: Literal["stream", "documents"] = "stream"  # documents: one a row, at most seq_len tokens
-    frame: Literal["both", "bos"] = "both"  # bos: BOS alone, as Llama's data have it
+    frame: Frame = "both"  # bos: BOS alone, as Llama's data have it
     valid: str | None = None  # a source of held-out documents; None: one in 16 of `source`
 
     @model_validator(mode="after")
@@ -145,98 +140,32 @@ class TextTask:
         bounds = np.append(0, length.cumsum())
         at = np.arange(bounds[-1]) + np.repeat(starts[rows] - bounds[:-1], length)
         tokens, targets = (torch.from_numpy(stream[i].astype(np.int64)) for i in (at, at + 1))
-        n_bytes = None
-        if side.sizes is not None:
-            n_bytes = int(np.frombuffer(side.sizes, np.int32)[at + 1].sum())
+        sizes = side.sizes()
+        n_bytes = None if sizes is None else int(sizes[at + 1].sum())
         packed = torch.from_numpy(bounds.astype(np.int32))
         return Batch(tokens[None], targets[None], n_bytes, cu_seqlens=packed)
 
     def _batch(self, side: "_Side", rows: np.ndarray) -> Batch:
         if self.spec.rows == "documents":
             return self._documents(side, rows)
-        T, stream = self.spec.seq_len, side.tokens()
-        at = rows[:, None] * T + np.arange(T + 1)
-        read = torch.from_numpy(stream[np.minimum(at, len(stream) - 1)].astype(np.int64))
-        targets = read[:, 1:].clone()
-        targets[torch.from_numpy(at[:, 1:] >= len(stream))] = -100
-        bounds = None
-        if self.spec.packed:
-            begun = side.begun(rows, T)
-            ends = np.unique(np.concatenate([np.arange(len(rows) + 1) * T, begun]))
-            bounds = torch.from_numpy(ends.astype(np.int32))
-            if not side.joined:  # what follows a document's last token is not its to know
-                targets.view(-1)[torch.from_numpy(begun - 1)] = -100
-        n_bytes = None
-        if side.sizes is not None:
-            asked = at[:, 1:][(targets >= 0).numpy()]
-            n_bytes = int(np.frombuffer(side.sizes, np.int32)[asked].sum())
-        return Batch(
-            tokens=read[:, :-1].contiguous(), targets=targets, n_bytes=n_bytes, cu_seqlens=bounds
-        )
+        return pack([(side, int(r)) for r in rows], self.spec.seq_len, self.spec.packed)
 
 
-class _Side:
-    """One side of the split: its stream of tokens, and its text as far as `floors` needs it.
+class _Side(Frames):
+    """One side of the split: its stream, and its text as far as `floors` needs it.
 
-    starts: where each document's frame begins in the stream. text: the documents, each with a NUL
-    behind, up to the one that passes MAX_TEXT; n_bytes: of all documents. sizes: the bytes of text
-    that each token stands for, int32, None unless `sized`. joined: one and the same token ends a
-    document and begins the next.
+    text: the documents, each with a NUL behind, up to the one that passes MAX_TEXT.
     """
 
-    def __init__(self, tokenizer: Tokenizer, frame: str, sized: bool = False) -> None:
-        self.tokenizer = tokenizer
-        bos, eos = tokenizer.bos_id, tokenizer.eos_id if frame == "both" else None
-        ends = [t for t in dict.fromkeys([bos, eos]) if t is not None]
-        self.joined = len(ends) == 1
-        self.lead, self.tail = ends[:1], ends[1:]
-        self.width = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-        self.stream, self.text = bytearray(), bytearray()
-        self.sizes = bytearray() if sized else None
-        self.starts = array("q")
-        self.length = self.n_bytes = 0
+    def __init__(self, tokenizer: Tokenizer, frame: Frame, sized: bool = False) -> None:
+        super().__init__(tokenizer, frame, sized)
+        self.text = bytearray()
 
     def add(self, text: str) -> None:
         """Append a document."""
-        data = text.encode()
         if self.n_bytes <= MAX_TEXT:
-            self.text += data + b"\0"
-        self.n_bytes += len(data)
-        self.starts.append(self.length)
-        self._append(self.lead)
-        self._append(self.tokenizer.array(text), text)
-        self._append(self.tail)
-
-    def close(self) -> None:
-        """End the last document."""
-        if self.joined:
-            self._append(self.lead)
-
-    def tokens(self) -> np.ndarray:
-        """The stream, which is not copied."""
-        return np.frombuffer(self.stream, self.width)
-
-    def begun(self, rows: np.ndarray, T: int) -> np.ndarray:
-        """Where documents begin in rows of T tokens laid end to end, or right behind a row: int64.
-
-        A row's first token is left out: it begins the row, whether or not a document.
-        """
-        starts = np.frombuffer(self.starts, np.int64)
-        first = np.searchsorted(starts, rows * T + 1)
-        last = np.searchsorted(starts, rows * T + T, "right")
-        found = [
-            starts[f:e] + (i - r) * T
-            for i, (f, e, r) in enumerate(zip(first, last, rows, strict=True))
-        ]
-        return np.concatenate(found)
-
-    def _append(self, ids: Sequence[int] | np.ndarray, text: str | None = None) -> None:
-        tokens = np.asarray(ids, self.width)
-        self.stream += tokens.tobytes()
-        self.length += len(tokens)
-        if self.sizes is not None:
-            sizes = np.zeros(len(tokens)) if text is None else self.tokenizer.sizes(text)
-            self.sizes += sizes.astype(np.int32).tobytes()
+            self.text += text.encode() + b"\0"
+        super().add(text)
 
 
 def _sides(spec: TextSpec) -> Iterator[tuple[bytes, str, bool]]:

@@ -1,6 +1,9 @@
 """Text to tokens and back: bytes, or a tokenizer of the `tokenizers` library."""
 
+import hashlib
 import json
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +30,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; none is added at its ends."""
 
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode of each of `texts`, by all cores where there are many."""
+
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`, special tokens left out; bytes that are no character read U+FFFD."""
 
@@ -51,6 +57,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The UTF-8 bytes of `text`. Raises ValueError at a lone surrogate."""
         return list(text.encode())
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode of each of `texts`."""
+        return [self.encode(text) for text in texts]
 
     def decode(self, ids: list[int]) -> str:
         """The text of the bytes among `ids`; what is no character reads U+FFFD."""
@@ -77,6 +87,9 @@ class FileTokenizer:
         inner: what the `tokenizers` library read; its truncation and padding are switched off.
         config: the tokenizer_config.json beside it, {} where there is none: its bos_token and
             eos_token count before the usual names.
+
+    Attributes:
+        leading: the tokens that its own rule puts before a text (<s>), which encode does not add.
     """
 
     def __init__(self, inner: "tokenizers.Tokenizer", config: dict[str, Any]) -> None:
@@ -85,6 +98,8 @@ class FileTokenizer:
         self._inner = inner
         # Ids may have gaps, so that the number of tokens would be too small.
         self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1
+        mask = inner.encode("x").special_tokens_mask
+        self.leading = mask.index(0) if 0 in mask else 0
         special = [t.content for t in inner.get_added_tokens_decoder().values() if t.special]
         self._names = {
             "bos_token": _name(config, "bos_token", BOS, special),
@@ -97,6 +112,12 @@ class FileTokenizer:
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`; the names of special tokens in it become those tokens."""
         return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode of each of `texts`, on all cores."""
+        # _fast leaves out the places of the tokens in the text
+        found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [list(one.ids) for one in found]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids read ""."""
@@ -170,6 +191,16 @@ def load_tokenizer(name: str) -> Tokenizer:
     if path.suffix == ".json" or path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise FileNotFoundError(f"no tokenizer at {name}")
     return _from_hub(name)
+
+
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """The sha256 (64 hex digits) of what `tokenizer` saves."""
+    digest = hashlib.sha256()
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder) / "tokenizer")
+        for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _from_files(file: Path, config: Path) -> FileTokenizer:

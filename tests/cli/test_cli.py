@@ -1,10 +1,12 @@
 import json
 import os
+import platform
 import re
 import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version as version_of
 from pathlib import Path
 
 import pytest
@@ -89,10 +91,14 @@ def test_out_of_memory(glactl, spec, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\n  at x.cpp")
 
-    monkeypatch.setattr("glactl.train.token_losses", full)
+    monkeypatch.setattr("glactl.train_loss.Objective.forward", full)
     result = glactl("train", spec, "--quiet")
     assert result.exit_code == 4
-    assert result.stderr.splitlines()[-1].startswith("error: out of memory: [enforce fail]")
+    assert re.fullmatch(
+        r"error: out of memory on cpu \(.* GiB\): largest are activations, about .* GiB with "
+        r"micro-batches of 2 rows; train.accumulate 4 \(of 1 rows\) should fit",
+        result.stderr.splitlines()[-1],
+    )
 
 
 def test_numerics(glactl, spec):
@@ -103,7 +109,11 @@ def test_numerics(glactl, spec):
 
 
 def test_version_and_no_command(glactl):
-    assert glactl("--version").stdout == f"glactl {__version__}\n"
+    version, python, packages, system = glactl("--version").stdout.splitlines()
+    assert version == f"glactl {__version__}"
+    assert python == f"Python {platform.python_version()}"
+    assert f"torch {version_of('torch')}, " in packages
+    assert system.startswith(platform.system())
     nothing = glactl()
     assert nothing.exit_code == 0
     assert "Commands:" in nothing.stdout

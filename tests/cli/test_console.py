@@ -116,6 +116,38 @@ def test_on_a_terminal_there_is_a_bar_and_no_color_is_kept(no_color, monkeypatch
     assert bool(colours) != no_color
 
 
+def test_a_live_table_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with console.live(["mixer", "accuracy"]) as show:
+            show([["gla", 0.5], ["[b]", None]], "2 to go")
+            console.note("a note")
+        console.error("bad")
+        terminal.flush()
+        shown = ""
+        while "bad" not in shown:
+            shown += os.read(reader, 1 << 16).decode(errors="replace")
+    os.close(reader)
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown)
+    assert re.search(r"mixer +accuracy *\r?\ngla +0\.5 *\r?\n\[b\] +- *\r?\n2 to go", plain)
+    assert re.search(r"[\r\n]a note\r?\n", plain)
+
+
+@pytest.mark.parametrize(
+    ("every", "quiet", "lines"), [(1e9, False, []), (0, False, ["a", "b"]), (0, True, [])]
+)
+def test_a_live_table_elsewhere_is_its_line(every, quiet, lines, capsys, monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_EVERY", every)
+    with console.live(["mixer"], quiet) as show:
+        show([["gla"]], "a")
+        show([["gsa"]], "b")
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err.splitlines()) == ("", lines)
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (61.4, "1:01"), (3599.6, "1:00:00"), (7325, "2:02:05")]
 )

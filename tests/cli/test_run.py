@@ -13,6 +13,7 @@ from glactl import checkpoints
 from glactl.run import NoRun, Position, Run
 from glactl.spec import load, resolved_yaml
 from glactl.tasks import load_task
+from glactl.tasks.packing import batch_hash
 from glactl.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,6 +54,7 @@ def test_what_a_run_folder_holds(trained, spec):
     found = sorted(p.name for p in (run.path / "checkpoints").iterdir())
     assert found == ["step-000004", "step-000008"]
     position = checkpoints.read_position(run.newest_checkpoint())
+    assert position.pop("ahead") == batch_hash([])  # nothing is left to read
     assert position == {
         "seed": 0,
         "n_train": task.n_train,

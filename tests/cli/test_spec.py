@@ -47,8 +47,8 @@ ERRORS = [  # the spec, and the error behind "spec.yaml:"
         "model: {mixer: [gla, gsaa]}",
         f"1: model.mixer.1.kind is 'gsaa'; allowed: {NAMES}; did you mean gsa?",
     ),
-    ("data: {kind: txt}", "1: data.kind is 'txt'; allowed: text, mqar; did you mean text?"),
-    ("data: {seq_len: 3}", "1: data has no kind; allowed: text, mqar"),
+    ("data: {kind: txt}", "1: data.kind is 'txt'; allowed: text, shards, mqar; did you mean text?"),
+    ("data: {seq_len: 3}", "1: data has no kind; allowed: text, shards, mqar"),
     ("data: 3", "1: data is 3; allowed: a mapping of fields to values"),
     ("lr: 3", "1: lr is not a field of RunSpec; did you mean optim.lr?"),
     (

@@ -141,7 +141,7 @@ def test_a_signal_between_micro_batches_saves_the_step_before(tiny_spec, make_to
     kept = toy.train_batch
 
     def killing(index, batch_size):
-        if index == 3:  # the second micro-batch of the second step
+        if (index, batch_size) == (3, 2):  # the second micro-batch of the second step
             os.kill(os.getpid(), signal.SIGTERM)
         return kept(index, batch_size)
 

@@ -5,7 +5,9 @@ import torch
 from lm_eval.api.instance import Instance
 
 from glactl.models.lm import LMSpec, build_lm
+from glactl.tasks.engine_lm import LMEngine
 from glactl.tasks.harness import HarnessLM
+from glactl.tasks.requests import Requests
 from glactl.tasks.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -26,6 +28,10 @@ def build(mixer="gla", **fields):
     spec = LMSpec.model_validate({"mixer": {"kind": mixer, "heads": 2}} | fields)
     # fp64: two ways of computing one number differ by 1e-15 then, and ties do not occur
     return build_lm(spec, 0, dtype=torch.float64).eval()
+
+
+def harness(lm, tokenizer=TOKENIZER, batch_tokens=16_384, progress=None, **options):
+    return HarnessLM(Requests(LMEngine(lm, tokenizer, batch_tokens, **options), progress=progress))
 
 
 @pytest.fixture(params=["attention", "gla", "gsa"])
@@ -60,7 +66,7 @@ def ids_of(context, continuation):
 
 
 def test_loglikelihood_equals_the_sum_of_log_softmax(lm):
-    found = HarnessLM(lm, TOKENIZER).loglikelihood(instances("loglikelihood", PAIRS[:-1]))
+    found = harness(lm).loglikelihood(instances("loglikelihood", PAIRS[:-1]))
     for pair, (total, greedy) in zip(PAIRS, found, strict=False):
         expected, expected_greedy = plain(lm, *ids_of(*pair))
         assert total == pytest.approx(expected, rel=1e-10)
@@ -68,7 +74,7 @@ def test_loglikelihood_equals_the_sum_of_log_softmax(lm):
 
 
 def test_an_empty_continuation_is_certain(lm):
-    assert HarnessLM(lm, TOKENIZER).loglikelihood(instances("", PAIRS[-1:])) == [(0.0, True)]
+    assert harness(lm).loglikelihood(instances("", PAIRS[-1:])) == [(0.0, True)]
 
 
 def test_is_greedy_is_true_for_what_the_model_would_write(lm):
@@ -76,15 +82,15 @@ def test_is_greedy_is_true_for_what_the_model_would_write(lm):
     for _ in range(4):
         ids.append(int(log_p(lm, ids)[-1].argmax()))
     greedy, other = ids[4:], [*ids[4:7], (ids[7] + 1) % 259]
-    requests = [(None, ids[:4], greedy), (None, ids[:4], other)]
-    found = HarnessLM(lm, TOKENIZER)._loglikelihood_tokens(requests)
-    assert [g for _, g in found] == [True, False]
+    found = {}
+    LMEngine(lm, TOKENIZER).score([(ids[:4], greedy), (ids[:4], other)], found.__setitem__)
+    assert [g for _, g in (found[0], found[1])] == [True, False]
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 100])
+@pytest.mark.parametrize("batch_tokens", [7, 40, 100])
 def test_the_batch_does_not_matter(lm, batch_tokens):
     pairs = [PAIRS[i % len(PAIRS)] for i in range(16)]
-    one, many = HarnessLM(lm, TOKENIZER, batch_tokens), HarnessLM(lm, TOKENIZER, 100_000)
+    one, many = (harness(lm, batch_tokens=n) for n in (batch_tokens, 100_000))
     a, b = (h.loglikelihood(instances("loglikelihood", pairs)) for h in (one, many))
     assert [x for x, _ in a] == pytest.approx([x for x, _ in b], rel=1e-10)
     assert [g for _, g in a] == [g for _, g in b]
@@ -100,7 +106,7 @@ def test_the_batch_does_not_matter(lm, batch_tokens):
 
 def test_rolling_scores_every_token_once(lm):
     text = "Every token once, 日本."
-    (found,) = HarnessLM(lm, TOKENIZER).loglikelihood_rolling(instances("", [(text,)]))
+    (found,) = harness(lm).loglikelihood_rolling(instances("", [(text,)]))
     expected, _ = plain(lm, [TOKENIZER.bos_id], list(text.encode()))
     assert found == pytest.approx(expected, rel=1e-10)
 
@@ -108,9 +114,7 @@ def test_rolling_scores_every_token_once(lm):
 def test_rolling_reads_a_long_text_in_windows_of_max_len():
     lm = build("attention", positions="learned", max_len=8)
     ids = list(b"0123456789abcdefghi")
-    (found,) = HarnessLM(lm, TOKENIZER).loglikelihood_rolling(
-        instances("", [(bytes(ids).decode(),)])
-    )
+    (found,) = harness(lm).loglikelihood_rolling(instances("", [(bytes(ids).decode(),)]))
     first = [TOKENIZER.bos_id, *ids]
     expected = plain(lm, first[:1], first[1:9])[0] + plain(lm, first[8:9], first[9:17])[0]
     # the last window is filled with what stands before it, and only the rest is scored
@@ -119,7 +123,7 @@ def test_rolling_reads_a_long_text_in_windows_of_max_len():
 
 
 def test_an_empty_text_has_probability_one(lm):
-    assert HarnessLM(lm, TOKENIZER).loglikelihood_rolling(instances("", [("",)])) == [0.0]
+    assert harness(lm).loglikelihood_rolling(instances("", [("",)])) == [0.0]
 
 
 def greedy(lm, context, tokens):
@@ -136,7 +140,7 @@ def greedy(lm, context, tokens):
 def test_generate_until_equals_naive_greedy_decoding(lm):
     contexts = ["The heron", "", "x", "été " * 10]
     asked = [(c, {"until": [], "max_gen_toks": 3 + 5 * i}) for i, c in enumerate(contexts)]
-    found = HarnessLM(lm, TOKENIZER).generate_until(instances("generate_until", asked))
+    found = harness(lm).generate_until(instances("generate_until", asked))
     assert found == [greedy(lm, c, 3 + 5 * i) for i, c in enumerate(contexts)]
 
 
@@ -147,7 +151,7 @@ def test_generate_until_ends_before_a_stop_string(lm):
         ("The heron", {"until": ["not in it", stop], "max_gen_toks": 20}),
         ("The heron", {"until": stop, "max_gen_toks": 20}),
     ]
-    found = HarnessLM(lm, TOKENIZER).generate_until(instances("generate_until", asked))
+    found = harness(lm).generate_until(instances("generate_until", asked))
     assert found == [free[: free.index(stop)]] * 2
 
 
@@ -157,19 +161,19 @@ def test_generate_until_ends_at_eos():
         lm.head.weight.zero_()
         lm.head.weight[TOKENIZER.eos_id] = 0  # all logits equal: argmax is 0, a byte
     asked = instances("generate_until", [("x", {"until": [], "max_gen_toks": 4})])
-    assert HarnessLM(lm, TOKENIZER).generate_until(asked) == ["\0\0\0\0"]
+    assert harness(lm).generate_until(asked) == ["\0\0\0\0"]
 
     class EndsAtZero(ByteTokenizer):
         eos_id = 0
 
-    assert HarnessLM(lm, EndsAtZero()).generate_until(asked) == [""]
+    assert harness(lm, EndsAtZero()).generate_until(asked) == [""]
 
 
 def test_sampling_is_a_function_of_the_seed():
-    harness = HarnessLM(build(), TOKENIZER)
+    lm = build()
     kwargs = {"until": [], "max_gen_toks": 12, "do_sample": True, "temperature": 1.0}
     a, b, c = (
-        harness.generate_until(instances("generate_until", [("x", kwargs | {"seed": seed})]))
+        harness(lm).generate_until(instances("generate_until", [("x", kwargs | {"seed": seed})]))
         for seed in (1, 1, 2)
     )
     assert a == b != c
@@ -177,36 +181,36 @@ def test_sampling_is_a_function_of_the_seed():
 
 def test_a_long_context_is_cut_from_the_left_and_counted():
     lm = build("attention", positions="learned", max_len=12)
-    harness = HarnessLM(lm, TOKENIZER)
+    measured = harness(lm)
     context, continuation = "0123456789abcdef", "xyz"
-    ((total, _),) = harness.loglikelihood(instances("loglikelihood", [(context, continuation)]))
+    ((total, _),) = measured.loglikelihood(instances("loglikelihood", [(context, continuation)]))
     # 12 positions read the tokens that predict: all but the last
     kept = list(context.encode())[-10:]
     assert total == pytest.approx(plain(lm, kept, list(continuation.encode()))[0], rel=1e-10)
     asked = instances("generate_until", [(context, {"until": [], "max_gen_toks": 4})])
-    assert harness.generate_until(asked) == [greedy(lm, context[-8:], 4)]
-    assert harness.truncated == 2
-    harness.loglikelihood(instances("loglikelihood", [("short", "er")]))
-    assert harness.truncated == 2
+    assert measured.generate_until(asked) == [greedy(lm, context[-8:], 4)]
+    assert measured.asked.truncated == 2
+    measured.loglikelihood(instances("loglikelihood", [("short", "er")]))
+    assert measured.asked.truncated == 2
 
 
 def test_models_without_a_table_of_positions_have_no_limit(lm):
-    assert HarnessLM(lm, TOKENIZER).max_length is None
-    assert HarnessLM(build("gla", max_len=4), TOKENIZER).max_length is None
+    assert LMEngine(lm, TOKENIZER).max_length is None
+    assert LMEngine(build("gla", max_len=4), TOKENIZER).max_length is None
 
 
 def test_what_the_positions_cannot_hold():
-    harness = HarnessLM(build("attention", positions="learned", max_len=4), TOKENIZER)
+    measured = harness(build("attention", positions="learned", max_len=4))
     with pytest.raises(ValueError, match=r"a continuation of 5 tokens is longer than .* max_len 4"):
-        harness.loglikelihood(instances("loglikelihood", [("a", "12345")]))
+        measured.loglikelihood(instances("loglikelihood", [("a", "12345")]))
     asked = instances("generate_until", [("a", {"until": [], "max_gen_toks": 4})])
     with pytest.raises(ValueError, match=r"max_gen_toks 4 leaves no room .* max_len is 4"):
-        harness.generate_until(asked)
+        measured.generate_until(asked)
 
 
 def test_batch_tokens_out_of_range(lm):
     with pytest.raises(ValueError, match="batch_tokens is 0; allowed: 1 or more"):
-        HarnessLM(lm, TOKENIZER, 0)
+        LMEngine(lm, TOKENIZER, 0)
 
 
 def test_progress_counts_every_request(lm):
@@ -226,9 +230,9 @@ def test_progress_counts_every_request(lm):
         def advance(self, n=1):
             self.done += n
 
-    harness = HarnessLM(lm, TOKENIZER, 50, Bar)
-    harness.loglikelihood(instances("loglikelihood", PAIRS))
-    harness.generate_until(instances("generate_until", [("a", {"max_gen_toks": 1})] * 3))
+    measured = harness(lm, TOKENIZER, 50, Bar)
+    measured.loglikelihood(instances("loglikelihood", PAIRS))
+    measured.generate_until(instances("generate_until", [("a", {"max_gen_toks": 1})] * 3))
     assert [(bar.label, bar.total, bar.done) for bar in seen] == [
         ("loglikelihood", len(PAIRS), len(PAIRS)),
         ("generate", 3, 3),
@@ -240,7 +244,7 @@ def test_in_fp32_the_batch_matters_by_rounding_only():
     lm = build().float()
     pairs = PAIRS[:-1] * 3
     one, many = (
-        [x for x, _ in HarnessLM(lm, TOKENIZER, size).loglikelihood(instances("", pairs))]
+        [x for x, _ in harness(lm, batch_tokens=size).loglikelihood(instances("", pairs))]
         for size in (1, 100_000)
     )
     widest = max(len(c.encode()) for _, c in pairs)

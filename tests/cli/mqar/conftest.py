@@ -5,7 +5,7 @@ from sweeping import TINY, json_copy
 from typer.testing import CliRunner
 
 from glactl.cli import app
-from glactl.train import Step
+from glactl.trial import Record
 
 
 @pytest.fixture
@@ -31,15 +31,13 @@ def trained(monkeypatch):
     def fake(spec, **_):
         calls.append((spec.model.d_model, spec.model.mixer.kind, spec.optim.lr, spec.seed))
         found = accuracies.get(spec.optim.lr, 0.5)
-        yield step(1, None)
+        yield Record(1, 0.5, 1.5)
         if isinstance(found, BaseException):
             raise found
-        yield step(2, {"loss": 1.0, "accuracy": found})
+        valid = {"loss": 1.0, "accuracy": found}
+        yield Record(2, 1.0, 1.5, curve=((2, found),), valid=valid, done=True)
 
-    def step(n, valid):
-        return Step(n, 4, 64 * n, 1.5, 0.1, 1.0, 100.0, 1.0, valid=valid)
-
-    monkeypatch.setattr("glactl.sweep.train", fake)
+    monkeypatch.setattr("glactl.sweep_run.run_trial", fake)
     monkeypatch.setattr("glactl.sweep_estimate.train", lambda *_, **__: iter(()))
     fake.calls, fake.accuracies = calls, accuracies
     return fake

@@ -116,7 +116,12 @@ def test_the_gsa_papers_figure_3a():
     grid, zoology = make_grid("gsa"), make_grid("zoology", seqlen=512)
     assert grid.dims == [64, 128, 256, 512]
     assert {(t.data.seq_len, t.data.pairs) for t in grid.trials} == {(512, 64)}
-    assert {t.key for t in zoology.trials} < {t.key for t in grid.trials}
+    assert {t.spec.train.precision for t in grid.trials} == {"bf16"}
+    assert {t.spec.train.precision for t in zoology.trials} == {"fp32"}
+    bf16 = {"train": zoology.trials[0].spec.train.model_copy(update={"precision": "bf16"})}
+    assert {spec_hash(t.spec.model_copy(update=bf16)) for t in zoology.trials} < {
+        t.key for t in grid.trials
+    }
 
 
 def test_baseds_mixture():

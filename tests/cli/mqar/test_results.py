@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from glactl import sweep
+from glactl import sweep_run
 from glactl.spec import spec_hash
 from glactl.sweep_claims import Claims
 from glactl.sweep_grid import make_grid
 from glactl.sweep_results import Result, Results, pending
-from glactl.train import Step
+from glactl.sweep_run import standing_errors
+from glactl.trial import Record
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "results" / "mqar_quick.jsonl"
 CPU, FORK = torch.device("cpu"), multiprocessing.get_context("fork")
@@ -98,11 +99,21 @@ def _sweep(folder, path, take, accuracies, **options):
         accuracy = accuracies.get(spec.optim.lr, 0.5)
         if accuracy is None:
             raise RuntimeError("broken")
-        yield Step(1, 1, 64, 1.5, 0.1, 1.0, 100.0, 1.0, valid={"loss": 1.0, "accuracy": accuracy})
+        valid = {"loss": 1.0, "accuracy": accuracy}
+        yield Record(1, 1.0, 1.5, curve=((1, accuracy),), valid=valid, done=True)
 
-    sweep.train, sweep.POLL = fake, 0.01
+    def after_both(results):
+        """The errors that stand before either sweep has run anything."""
+        found = standing_errors(results)
+        (folder / f"begun-{os.getpid()}").touch()
+        while len(list(folder.glob("begun-*"))) < 2:
+            time.sleep(0.005)
+        return found
+
+    sweep_run.run_trial, sweep_run.POLL = fake, 0.01
+    sweep_run.standing_errors = after_both
     found = list(
-        sweep.run_sweep(
+        sweep_run.run_sweep(
             make_grid(**options.pop("grid", {})), Results(path), CPU, quiet=True, **options
         )
     )

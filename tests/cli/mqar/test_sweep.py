@@ -14,6 +14,7 @@ from sweeping import table
 from glactl import console
 from glactl.sweep_grid import make_grid
 from glactl.train import Stopped, train
+from glactl.trial import Kept, run_trial
 
 
 def test_the_command_end_to_end_and_again(glactl, tmp_path, monkeypatch):
@@ -48,7 +49,7 @@ def test_the_command_end_to_end_and_again(glactl, tmp_path, monkeypatch):
         t.key for t in trials
     }
 
-    monkeypatch.setattr("glactl.sweep.train", lambda *_, **__: pytest.fail("trained again"))
+    monkeypatch.setattr("glactl.sweep_run.run_trial", lambda *_, **__: pytest.fail("ran again"))
     before = {name: (folder / name).read_bytes() for name in files}
     again = glactl("--dims", "16,32", "--lrs", "1e-2")
     assert again.stdout == done.stdout
@@ -127,15 +128,26 @@ def test_a_signal_keeps_what_has_ended(stop, glactl, trained):
 
 def test_a_real_signal_while_a_trial_trains(glactl, monkeypatch):
     def cut(*args, **kwargs):
-        for step in train(*args, **kwargs):
-            yield step
-            os.kill(os.getpid(), signal.SIGINT)
+        for record in run_trial(*args, **kwargs):
+            yield record
+            if record.step == 3:
+                os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("glactl.sweep.train", cut)
+    monkeypatch.setattr("glactl.sweep_run.run_trial", cut)
     stopped = glactl("--mixers", "gla")
     assert stopped.exit_code == 6
-    assert "inside gla d 16 lr 0.01 seed 0 (stopped after step 1)" in stopped.stderr
+    assert "inside gla d 16 lr 0.01 seed 0 (stopped after step 3)" in stopped.stderr
     assert not Path("sweeps/quick/results.jsonl").exists()
+    monkeypatch.setattr("glactl.sweep_run.run_trial", run_trial)
+    (trial, *_) = make_grid(mixers="gla").trials
+    kept = Kept.of(Path("sweeps/quick"), trial.key)
+    assert kept.read().step == 3
+    after = glactl("--mixers", "gla", "--json")
+    assert after.exit_code == 0, after.output
+    (*_, last) = train(trial.spec, device="cpu")
+    first = json.loads(after.stdout.splitlines()[0])
+    assert (first["accuracy"], first["steps"]) == (last.valid["accuracy"], 4)
+    assert not Path("sweeps/quick/.progress").exists()
 
 
 def test_plot_only_trains_nothing(glactl, trained):
@@ -154,7 +166,8 @@ def test_quiet_has_no_progress(glactl, trained):
 
 
 def test_exit_code_of_a_stop_is_consoles():
-    from glactl.sweep import SweepFailed, SweepStopped
+    from glactl.sweep import SweepFailed
+    from glactl.sweep_run import SweepStopped
 
     assert console.exit_code(SweepStopped()) == 6
     assert console.exit_code(SweepFailed()) == 1

@@ -1,0 +1,54 @@
+"""Layers that are compiled, or computed again in the backward pass, while a model is trained.
+
+compile: the forward pass of each layer through torch.compile; layers of one kind share their code,
+so the first step compiles one of each, not all. recompute: of a layer its input alone is kept; the
+rest is computed a second time when its gradient is (Chen et al. 2016, arXiv:1604.06174).
+
+Both are of training alone: a model in evaluation mode runs as it is. Weights keep their names.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from glactl.models.lm import LM, Block
+
+
+def quicken(lm: LM, compiled: bool, recompute: bool) -> None:
+    """Have the layers of `lm` compiled, computed again, both or neither."""
+    for block in lm.blocks:
+        assert isinstance(block, Block)
+        block.__dict__.pop("forward", None)
+        if compiled or recompute:
+            block.__dict__["forward"] = _quick(block, block.forward, compiled, recompute)
+
+
+@contextmanager
+def plain(lm: LM) -> Iterator[None]:
+    """Within, the layers of `lm` run as they are."""
+    kept = [(block, block.__dict__.pop("forward", None)) for block in lm.blocks]
+    try:
+        yield
+    finally:
+        for block, forward in kept:
+            if forward is not None:
+                block.__dict__["forward"] = forward
+
+
+def _quick(
+    block: Block, plain: Callable[..., Any], compiled: bool, recompute: bool
+) -> Callable[..., Any]:
+    inner: Callable[..., Any] = torch.compile(plain) if compiled else plain
+
+    def forward(*inputs: Any) -> Any:
+        if not block.training:
+            return plain(*inputs)
+        if not recompute:
+            return inner(*inputs)
+        drawn = block.dropout.p > 0  # the generator's state is read, for which a GPU is waited for
+        return checkpoint(inner, *inputs, use_reentrant=False, preserve_rng_state=drawn)
+
+    return forward
