@@ -136,9 +136,8 @@ def theirs(
                     logits.float().flatten(0, 1), targets.flatten()
                 )
             else:
-                # fla shifts labels by itself: label t is the token that follows token t - 1
-                labels = torch.cat([tokens[:, :1], targets[:, :-1]], 1)
-                loss = call(input_ids=tokens, labels=labels, use_cache=False).loss
+                # fla shifts labels by itself
+                loss = call(input_ids=tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()

@@ -16,6 +16,7 @@ from glactl.eval_html import page
 from glactl.evaluate_papers import Shown, paper_tables
 from glactl.run import new_folder
 from glactl.tasks.outcome import Outcome, Row
+from glactl.tasks.positions import TASK as POSITIONS
 
 COLUMNS = ["task", "version", "docs", "metric"]
 
@@ -48,11 +49,17 @@ class Evaluation:
 
 
 def evaluation(about: dict[str, Any], models: list[Measured]) -> Evaluation:
-    """What was found, with the differences. Raises ValueError where documents differ."""
-    apart = [
-        {a.task: differences(a, b) for a, b in zip(models[0].outcomes, two.outcomes, strict=True)}
-        for two in models[1:]
-    ]
+    """What was found, with the differences. Raises ValueError where documents differ.
+
+    Perplexities a token, by position, are compared only where tokens are the same.
+    """
+    first, apart = models[0], []
+    for two in models[1:]:
+        alike = first.facts["tokenizer"] == two.facts["tokenizer"]
+        pairs = zip(first.outcomes, two.outcomes, strict=True)
+        apart.append(
+            {a.task: differences(a, b) if alike or a.task != POSITIONS else {} for a, b in pairs}
+        )
     return Evaluation(about, models, apart)
 
 
@@ -196,6 +203,11 @@ def write(out: Path, found: Evaluation) -> Path:
 def sample(rows: Sequence[Row]) -> dict[str, Any]:
     """One line of samples.jsonl: a document and what each model made of it."""
     first = rows[0]
-    models = [{"output": row.output, **row.scores} for row in rows]
+    # windows are measured in each model's own tokens
+    models = [
+        {"output": row.output, **row.scores}
+        | ({} if row.prompt == first.prompt else {"prompt": row.prompt})
+        for row in rows
+    ]
     asked = {"doc_id": first.doc_id, "prompt": first.prompt, "gold": first.gold}
     return asked | {"models": models}

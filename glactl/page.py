@@ -9,13 +9,13 @@ from html import escape
 
 STYLE = """
 :root { color-scheme: light }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 72em; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 78em; padding: 0 1em;
   color: #222; background: #fff }
 h1 { font-size: 1.6em; margin-bottom: .2em }
 h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 2px solid #1f77b4; padding-bottom: .1em }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid #ccc; padding: .2em .8em; text-align: right;
+td, th { border-bottom: 1px solid #ccc; padding: .2em .6em; text-align: right;
   white-space: nowrap }
 td:has(> code) { text-align: left; white-space: normal }
 td:first-child, th:first-child { text-align: left }

@@ -79,7 +79,7 @@ def foot(report: dict[str, Any], rows: Sequence[Measured]) -> list[str]:
         lines.append("decode: one token of every row, after T tokens")
     for part, found in report["crossover"].items():
         for name, at in found.items():
-            where = f"{at['faster']} takes 1 / {at['ratio']:.1f} of the time at {at['to']:,}"
+            where = f"{at['faster']} is {at['ratio']:.1f}x as fast at {at['to']:,}"
             if at["length"] is not None:
                 where = f"attention is faster below T = {at['length']:,}, {name} above; {where}"
             elif at["from"] < at["to"]:

@@ -48,7 +48,8 @@ def product_rows(
         gate: z of (3), (N, K).
         swish: whether s is silu(x).
         pair: whether W is a pair, R even.
-        residual: r of (5), (N, R) or, of a pair, (N, R / 2).
+        residual: r of (5), (N, R) or, of a pair, (N, R / 2); it is used up: the result may be in
+            its place.
 
     Returns:
         (N, R), or (N, R / 2) of a pair, in x's dtype; sums are fp32.

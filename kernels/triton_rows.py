@@ -8,7 +8,8 @@ on the tensor cores took 21 us where the library's product takes 5 to 12: 64 row
 A launch may begin before the one before it has ended (programmatic dependent launch, compute
 capability 9 and later): it asks for its weights, which no kernel writes, and only then waits. Every
 kernel waits before it reads or writes anything else, so that one that has ended vouches for all
-before it.
+before it, and lets the next one begin only then: earlier, they take its place on the chip (0.544 ms
+a step in place of 0.527).
 
 Floor of one row, an H100: the bytes of W over 3.02 TB/s. 340m, d 1024: 12.6 M weights a layer, 8.3
 us in five launches; each takes some 1 to 2 us besides to begin and end.
@@ -50,8 +51,6 @@ def _one(
     SWISH: tl.constexpr, PAIR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """(1) to (5) of one row and RB of the R results; GROUPS groups of D, padded to GP and DP."""
-    if EARLY:
-        gdc_launch_dependents()
     r = tl.program_id(0).to(tl.int64) * RB + tl.arange(0, RB)
     g, d = tl.arange(0, GP)[:, None], tl.arange(0, DP)[None, :]
     inside = (g < GROUPS) & (d < D)
@@ -65,6 +64,7 @@ def _one(
         weight = tl.load(norm + tl.arange(0, DP), mask=tl.arange(0, DP) < D, other=0.0)
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     z = tl.load(gate + k, mask=inside, other=0.0) if gate is not None else None
     s, f = _before(tl.load(x + k, mask=inside, other=0.0), z, SWISH)
     if norm is not None:
@@ -87,8 +87,8 @@ def _prepare(
 ):  # fmt: skip
     """(1) to (3) of one of many rows."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64)
     g, d = tl.arange(0, GP)[:, None], tl.arange(0, DP)[None, :]
     inside = (g < GROUPS) & (d < D)
@@ -105,8 +105,8 @@ def _prepare(
 def _pair(y, out, R, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """(4) of a pair's products y (N, 2 R), for BLOCK of the size = N R results."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     at = i // R * (2 * R) + i % R
     first = tl.load(y + at, mask=i < size, other=0.0).to(tl.float32)
@@ -167,7 +167,7 @@ def product_rows_triton(
             num_warps=4, **sizes, **early,
         )  # fmt: skip
     if residual is not None and not pair:
-        return torch.addmm(residual, p, weight.T)
+        return residual.addmm_(p, weight.T)  # the library would copy it first
     y = p @ weight.T
     if not pair:
         return y

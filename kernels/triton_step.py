@@ -87,11 +87,10 @@ def _gla_step(
     in_k, in_v = kk < K, vv < V
     inside = in_k[:, None] & in_v[None, :]
     here = state + at * K * V + kk[:, None] * V + vv[None, :]
-    if EARLY:
-        gdc_launch_dependents()
     S = tl.load(here, mask=inside, other=0.0)  # written by the step before, whose end ended it
     if EARLY:
         gdc_wait()
+        gdc_launch_dependents()
     dtype = S.dtype
     if low is not None:
         gates = _low_rank(low + n * low_row, up, bias, head, kk, in_k, c, K, RANK, RP)
@@ -190,8 +189,8 @@ def _gsa_step(
 ):  # fmt: skip
     """(2), (3) for one sequence and head; MP, RP are M, R up to powers of two."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     at = tl.program_id(0).to(tl.int64)
     n, head = at // H, at % H
     m = tl.arange(0, MP)
@@ -224,8 +223,8 @@ def _gsa_logits(
 ):  # fmt: skip
     """(2) for one sequence, head and KB rows: shares of the logits into part (.., RP, MP)."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     NK = tl.cdiv(K, KB)
     at = pid // NK
@@ -252,8 +251,8 @@ def _gsa_read(
 ):  # fmt: skip
     """(3) for one sequence, head and VB columns, the logits' NK shares in part."""
     if EARLY:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
     NV = tl.cdiv(V, VB)
     at = pid // NV

@@ -129,7 +129,7 @@ class Sampler:
         if self._seen is not None:
             r = s.repetition_penalty
             z = torch.where(self._seen, torch.where(z > 0, z / r, z * r), z)  # (1)
-        chosen = _largest(z) if s.temperature == 0 else self._drawn(z, u)
+        chosen = z.argmax(-1) if s.temperature == 0 else self._drawn(z, u)
         if self._seen is not None:
             self._seen.scatter_(1, chosen[:, None], True)
         return chosen
@@ -149,15 +149,6 @@ class Sampler:
         total = p.cumsum(-1)
         j = torch.searchsorted(total, u[:, None].double() * total[:, -1:], right=True)  # (5)
         return (j if number is None else number.gather(-1, j)).squeeze(-1)
-
-
-def _largest(z: Tensor) -> Tensor:
-    """The first of the largest of z (N, V), (N,): part by part, which keeps a GPU busy."""
-    N, V = z.shape
-    parts = next((n for n in (128, 100, 64, 50, 32, 16) if V % n == 0), 1)
-    most, at = z.view(N, parts, -1).max(-1)
-    part = most.argmax(-1, keepdim=True)
-    return (part * (V // parts) + at.gather(1, part)).squeeze(1)
 
 
 def _key(seed: int, row: int) -> int:

@@ -108,6 +108,17 @@ def test_numerics(glactl, spec):
     assert re.match("error: the loss or its gradient was not finite in 3 steps in a row", last)
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"), [("glactl pro", "profile"), ("glactl profile --base", "--baseline")]
+)
+def test_completion_in_a_shell(words, expected):
+    env = os.environ | {"_GLACTL_COMPLETE": "complete_bash", "COMP_WORDS": words}
+    command = [Path(sys.executable).parent / "glactl"]
+    env["COMP_CWORD"] = str(len(words.split()) - 1)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [expected]
+
+
 def test_version_and_no_command(glactl):
     version, python, packages, system = glactl("--version").stdout.splitlines()
     assert version == f"glactl {__version__}"

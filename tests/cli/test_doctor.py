@@ -130,7 +130,8 @@ def test_a_hub_that_never_answers_is_not_waited_for(monkeypatch):
     forever = threading.Event()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(doctor, "PATIENCE", 0.05)
-    monkeypatch.setattr(urllib.request, "urlopen", lambda *_, **__: forever.wait(10) and _Reply(200))
+    late = lambda *_, **__: forever.wait(10) and _Reply(200)  # noqa: E731
+    monkeypatch.setattr(urllib.request, "urlopen", late)
     assert doctor.hub().status == "missing"
     forever.set()
 

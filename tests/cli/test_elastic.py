@@ -175,3 +175,15 @@ def test_how_processes_share_a_model():
     assert choose("fsdp", 2, 1 * GB, 80 * GB)[0] == "fsdp"
     with pytest.raises(ValueError, match=r"parallel is none, and there are 2 processes"):
         choose("none", 2, 1 * GB, 80 * GB)
+
+
+def test_a_plan_of_two_processes(data):
+    from glactl.plan import plan_lines, plan_numbers
+
+    spec = RunSpec.model_validate(data)
+    one, two = (plan_numbers(spec, 1e9, world=n) for n in (1, 2))
+    assert (one["parallel"], two["parallel"]) == ("none", "ddp")
+    assert two["hours"] == one["hours"] / 2
+    assert two["tokens_step"] == one["tokens_step"]
+    (line,) = [row for row in plan_lines(spec, two) if "parallel" in row]
+    assert "ddp on 2: " in line

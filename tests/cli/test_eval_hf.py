@@ -59,14 +59,15 @@ def test_a_model_and_its_import_give_the_same_numbers(folder, tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     made = CliRunner().invoke(app, ["import", str(folder), "--out", "runs/llama"])
     assert made.exit_code == 0, made.output
-    args = ["eval", "runs/llama", f"hf:{folder}", "--tasks", "swde,arc_easy,lambada", "--sample"]
-    done = CliRunner().invoke(app, [*args, "--context-length", "700", "--json", "--quiet"])
+    args = ["eval", "runs/llama", f"hf:{folder}", "--tasks", "swde,arc_easy,lambada,positions"]
+    args += ["--sample", "--context-length", "700", "--max-length", "1024"]
+    done = CliRunner().invoke(app, [*args, "--json", "--quiet"])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout)
     ours, theirs = result["models"]
     assert theirs["name"] == "models-llama"
     assert theirs["parameters"] == ours["parameters"]
-    assert (ours["max_length"], theirs["max_length"]) == (None, 1024)
+    assert ours["truncated"] == theirs["truncated"]
     for task, one in ours["tasks"].items():
         for name, metric in one["metrics"].items():
             other = theirs["tasks"][task]["metrics"][name]
@@ -93,6 +94,8 @@ def test_the_batch_does_not_matter(make):
     model = make()
     asked = [("a" * n, {"until": ["b"], "max_gen_toks": 5 + n}) for n in (3, 9, 3, 20)]
     pairs = [("one" * n, " two") for n in (1, 4, 2)]
+
+    assert HFEngine(llama(), own_tokenizer(tokenizer())).max_length == 1024
 
     def answers(batch_tokens):
         engine = HFEngine(model, own_tokenizer(tokenizer()), batch_tokens)
