@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import CUDA, DEVICE, assert_as_good_as, assert_equal_sums, gates, with_gradients
+from oracle import CUDA, DEVICE, assert_as_good_as, assert_equal_sums, gates, rms, with_gradients
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -64,7 +64,12 @@ def inputs(
 def check(case: tuple, dtype: torch.dtype) -> None:
     xs, grads = inputs(*case, dtype)
     names = ("o", "final_state", "dq", "dk", "dv", "dinitial_state", "dg")
-    assert_as_good_as(recurrence, engine, names[: 2 + len(xs)], xs, grads, dtype)
+    terms = {}
+    if xs[-1].shape == (case[2],):  # a head's gradient is the sum of those of its tokens
+        tokens = [*(x.double() for x in xs[:4]), xs[4].double().expand(*case[:3])]
+        shares = with_gradients(recurrence, tokens, [x.double() for x in grads])[-1]
+        terms["dg"] = rms(torch.nan_to_num(shares).abs().sum((0, 1)))
+    assert_as_good_as(recurrence, engine, names[: 2 + len(xs)], xs, grads, dtype, terms)
 
 
 @pytest.fixture(autouse=True)
