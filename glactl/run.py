@@ -13,7 +13,6 @@
 The folder appears whole, and no run is ever written into another's.
 """
 
-import hashlib
 import json
 import shutil
 import sys
@@ -148,11 +147,13 @@ class Run:
             NoRun: with `resume`, where nothing was saved.
             ValueError: with `resume`, where something differs: each difference, old -> new.
         """
+        from glactl.tasks.tokenizer import tokenizer_hash
+
         data = {
             "fingerprint": task.fingerprint,
             "vocab_size": task.vocab_size,
             "n_train": task.n_train,
-            "tokenizer": _tokenizer_hash(task),
+            "tokenizer": None if task.tokenizer is None else tokenizer_hash(task.tokenizer),
         }
         self.spec, plain = spec, spec.model_dump(mode="json")
         if resume:
@@ -310,18 +311,6 @@ def new_folder(stem: Path) -> Path:
         except FileExistsError:
             n += 1
             folder = stem.with_name(f"{stem.name}-{n}")
-
-
-def _tokenizer_hash(task: "Task") -> str | None:
-    """The sha256 of what the task's tokenizer saves."""
-    if task.tokenizer is None:
-        return None
-    digest = hashlib.sha256()
-    with tempfile.TemporaryDirectory() as folder:
-        task.tokenizer.save(Path(folder) / "tokenizer")
-        for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            digest.update(file.read_bytes())
-    return digest.hexdigest()
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

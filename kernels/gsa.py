@@ -175,7 +175,7 @@ def gsa_step(
     if s is None and g is None:
         raise ValueError("s and g are None; allowed: at least one of them given")
     if pick_backend(q.device, backend) == "triton" and (backend or "gsa step" in PROVEN):
-        from glactl.kernels.triton_step import gsa_step_triton
+        from glactl.kernels.triton_step_gsa import gsa_step_triton
 
         return gsa_step_triton(q, k, v, s, g, state, scale=scale)
     w = _strength(s, g, dtype)

@@ -137,7 +137,7 @@ def gsa_step_rows(
     Cost: on a CUDA device one launch, or two where heads are few.
     """
     if a.device.type == "cuda" and HAS_TRITON:
-        from glactl.kernels.triton_step import gsa_step_triton
+        from glactl.kernels.triton_step_gsa import gsa_step_triton
 
         more: dict[str, Any] = {"normalizer": normalizer, "feature_map": feature_map}
         return gsa_step_triton(q, k, v, None, a, state, **more)

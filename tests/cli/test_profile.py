@@ -414,6 +414,10 @@ def test_timing(monkeypatch):
     assert 0.002 <= found.p10 <= found.median <= found.p90
     monkeypatch.setattr(measure, "LONG", 0.001)
     assert timing(lambda: time.sleep(0.002), CPU, 10).repeats == 2
+    seconds = iter([0.05])  # a first call that compiles
+    compiled = timing(lambda: time.sleep(next(seconds, 0.002)), CPU, 0.05)
+    assert compiled.repeats > 2
+    assert compiled.p90 < 0.05
 
 
 def test_peak_bytes_sees_what_a_call_holds():

@@ -105,9 +105,10 @@ engine.backward(p, o, None, kept, False)
         "slots walk carry outputs logit_gradients slot_gradients gradients",
     ),
     "step": (
-        "triton_step",
+        "triton_step,triton_step_gsa",
         """
-from glactl.kernels.triton_step import gla_step_triton, gsa_step_triton
+from glactl.kernels.triton_step import gla_step_triton
+from glactl.kernels.triton_step_gsa import gsa_step_triton
 for N in (1, 64):
     new = lambda *shape: torch.empty(N, 4, *shape)
     one = lambda width: new(width).bfloat16()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from glactl.kernels.triton_step import LowRank, column_tile, gla_step_triton, gsa_step_triton
+from glactl.kernels.triton_step import LowRank, column_tile, gla_step_triton
+from glactl.kernels.triton_step_gsa import gsa_step_triton
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -108,8 +109,8 @@ def test_gsa_step_is_the_definition(shape, kind: str) -> None:
 @pytest.mark.parametrize("tile", [128, 16384])
 def test_gsa_step_in_one_launch(monkeypatch, tile: int) -> None:
     """As where heads fill the chip, whose tiles of K and V may be smaller than either."""
-    monkeypatch.setattr("glactl.kernels.triton_step.FEW", 1)
-    monkeypatch.setattr("glactl.kernels.triton_step.TILE", tile)
+    monkeypatch.setattr("glactl.kernels.triton_step_gsa.FEW", 1)
+    monkeypatch.setattr("glactl.kernels.triton_step_gsa.TILE", tile)
     check_gsa(1, 1, 2, 20, 28, 16, "tied", torch.float32)
 
 
@@ -136,7 +137,7 @@ def test_gla_step_makes_its_gate_and_features(feature_map: str) -> None:
 @pytest.mark.parametrize("few", [1, 128])
 @pytest.mark.parametrize("feature_map", FEATURES)
 def test_gsa_step_makes_its_gate_and_features(monkeypatch, feature_map: str, few: int) -> None:
-    monkeypatch.setattr("glactl.kernels.triton_step.FEW", few)
+    monkeypatch.setattr("glactl.kernels.triton_step_gsa.FEW", few)
     N, H, R, D, M = 2, 2, 2, 12, 6
     z = make(N, H * R * D + H * (2 * D + M), seed=0)
     q, k, v, a = z.split([H * R * D, H * D, H * D, H * M], 1)
