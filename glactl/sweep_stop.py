@@ -4,13 +4,11 @@ Trials ask between their steps, so that nothing is stopped in the middle of one.
 """
 
 import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from glactl.signals import listening
 
 
 def never() -> bool:
@@ -47,16 +45,9 @@ class Stop:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note SIGINT and SIGTERM within; a second one acts as if nobody listened."""
-        old = {s: signal.getsignal(s) for s in SIGNALS}
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def note() -> None:
             self.signalled = True
-            signal.signal(number, old[signal.Signals(number)])
 
-        for number in SIGNALS:
-            signal.signal(number, note)
-        try:
+        with listening(note):
             yield
-        finally:
-            for number in SIGNALS:
-                signal.signal(number, old[number])

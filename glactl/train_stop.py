@@ -1,10 +1,10 @@
 """Signals that end a run after it has saved."""
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
+
+from glactl.signals import listening
 
 
 class Stopped(Exception):
@@ -29,19 +29,12 @@ class StopFlag:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Note SIGINT and SIGTERM in `wanted` for as long as this lasts."""
-        old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
 
-        def note(number: int, frame: FrameType | None) -> None:
+        def note() -> None:
             self.wanted = True
-            signal.signal(number, old[signal.Signals(number)])
 
-        for number in old:
-            signal.signal(number, note)
-        try:
+        with listening(note):
             yield
-        finally:
-            for number, handler in old.items():
-                signal.signal(number, handler)
 
     @contextmanager
     def deaf(self) -> Iterator[None]:

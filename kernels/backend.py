@@ -46,6 +46,14 @@ def pick_backend(device: torch.device | str, backend: str | None = None) -> Back
     return backend or ("triton" if usable else "chunked")  # type: ignore[return-value]
 
 
+def launches(x: Tensor) -> bool:
+    """Whether what is done with x is worth kernels of its own that have no backend to choose: on a
+    GPU, in 32 bits or less, and not where a compiler fuses it."""
+    if x.device.type != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
+        return False
+    return x.numel() > 0 and HAS_TRITON
+
+
 def proven_width(operator: str, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether heads of this width were held against fp64 in the operands' precision."""
     bf16 = operand_dtype(q, k, v) == torch.bfloat16

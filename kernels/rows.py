@@ -19,17 +19,22 @@ and the feature maps before them,
     gk = log sigma(U l + b) / c        g = log sigma(a) / c                                  (6)
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glactl.kernels.backend import HAS_TRITON
+from glactl.kernels.backend import launches
 from glactl.kernels.gla import gla_step
 from glactl.kernels.gsa import gsa_step
 
-FEATURES = {"none": lambda x: x, "relu": F.relu, "swish": F.silu}
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "swish": F.silu,
+}
 
 
 def product_rows(
@@ -56,7 +61,7 @@ def product_rows(
 
     Cost: on a CUDA device one launch for one row, at most three for more; else as plain torch.
     """
-    if x.device.type == "cuda" and HAS_TRITON and len(x) > 0:
+    if launches(x):
         from glactl.kernels.triton_rows import product_rows_triton
 
         return product_rows_triton(x, weight, norm, eps, groups, gate, swish, pair, residual)
@@ -107,7 +112,7 @@ def gla_step_rows(
 
     Cost: on a CUDA device one launch.
     """
-    if state.device.type == "cuda" and HAS_TRITON:
+    if launches(q):
         from glactl.kernels.triton_step import LowRank, gla_step_triton
 
         low_rank = LowRank(low, up, bias, normalizer)
@@ -136,7 +141,7 @@ def gsa_step_rows(
 
     Cost: on a CUDA device one launch, or two where heads are few.
     """
-    if a.device.type == "cuda" and HAS_TRITON:
+    if launches(a):
         from glactl.kernels.triton_step_gsa import gsa_step_triton
 
         more: dict[str, Any] = {"normalizer": normalizer, "feature_map": feature_map}

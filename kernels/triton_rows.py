@@ -150,13 +150,13 @@ def product_rows_triton(
     D = K // groups
     sizes = {"GROUPS": groups, "GP": triton.next_power_of_2(groups), "D": D}
     sizes |= {"DP": triton.next_power_of_2(D), "SWISH": swish}
-    early = launch_options(x.device)
+    begin = launch_options(x.device)
     if N == 1:
         y = torch.empty(N, R, dtype=x.dtype, device=x.device)
         rows, warps = _rows_of_one(R, sizes["GP"] * sizes["DP"], pair)
         _one[(triton.cdiv(R, rows),)](
             x, weight, norm, gate, residual, y, eps, R,
-            RB=rows, PAIR=pair, num_warps=warps, **sizes, **early,
+            RB=rows, PAIR=pair, num_warps=warps, **sizes, **begin,
         )  # fmt: skip
         return y
     p = x
@@ -164,7 +164,7 @@ def product_rows_triton(
         p = torch.empty(N, K, dtype=x.dtype, device=x.device)
         _prepare[(N,)](
             x, norm, gate, p, eps, x.stride(0), 0 if gate is None else gate.stride(0),
-            num_warps=4, **sizes, **early,
+            num_warps=4, **sizes, **begin,
         )  # fmt: skip
     if residual is not None and not pair:
         return residual.addmm_(p, weight.T)  # the library would copy it first
@@ -172,5 +172,5 @@ def product_rows_triton(
     if not pair:
         return y
     made = torch.empty(N, R, dtype=x.dtype, device=x.device)
-    _pair[(triton.cdiv(N * R, 1024),)](y, made, R, N * R, BLOCK=1024, num_warps=4, **early)
+    _pair[(triton.cdiv(N * R, 1024),)](y, made, R, N * R, BLOCK=1024, num_warps=4, **begin)
     return made if residual is None else made + residual

@@ -35,7 +35,6 @@ from glactl.kernels import triton_scan_forward as forward_kernels
 from glactl.kernels.triton_layout import BLOCK, Layout, block_count, cut
 
 LOG2E = 1.4426950408889634
-FETCH = True  # see `Plan.fetch`
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Plan:
     @property
     def fetch(self) -> bool:
         """Whether kernels ask for the next block's memory; Triton's interpreter cannot."""
-        return FETCH and self.u.device.type == "cuda"
+        return self.u.device.type == "cuda"
 
     @property
     def blocks(self) -> int:

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from glactl.kernels.backend import HAS_TRITON
+from glactl.kernels.backend import launches
 from glactl.kernels.rows import product_rows
 from glactl.models.joined import whole
 
@@ -145,16 +145,9 @@ def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) 
     return longest
 
 
-def _launches(x: Tensor) -> bool:
-    """Whether (1), (6) and (7) run as kernels of ours: on a GPU, where no compiler fuses them."""
-    if x.device.type != "cuda" or x.dtype == torch.float64 or torch.compiler.is_compiling():
-        return False
-    return x.numel() > 0 and HAS_TRITON
-
-
 def log_gate(x: Tensor, normalizer: float) -> Tensor:
     """(6) of logits x, in fp32 or wider; in [-inf, 0]."""
-    if _launches(x):
+    if launches(x):
         from glactl.kernels.triton_edges import log_gate_triton
 
         return log_gate_triton(x, normalizer)
@@ -176,7 +169,7 @@ def rms_norm(
     Returns:
         y like x, computed in fp32 or wider and rounded once.
     """
-    if _launches(x):
+    if launches(x):
         from glactl.kernels.triton_edges import WIDEST, rms_norm_triton
 
         if x.shape[-1] <= WIDEST:

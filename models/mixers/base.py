@@ -12,12 +12,10 @@ The fixed decay of head h is log(1 - 2^(-5-h)), h from 0                        
 Source: (2) Sun et al. 2023, arXiv:2307.08621, Sec. 2.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glactl.kernels import gla_step
@@ -25,7 +23,6 @@ from glactl.kernels.compiled import gla
 from glactl.models import spec
 from glactl.models.layers import FP32, Cost, State, layout, wide
 
-FEATURES: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "swish": F.silu}  # of q and k
 CHUNK = 64  # tokens that the chunked form takes at once
 INT64 = 8  # bytes
 

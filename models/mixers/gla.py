@@ -27,14 +27,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor, nn
 
-from glactl.kernels.rows import gla_step_rows, product_rows
+from glactl.kernels.rows import FEATURES, gla_step_rows, product_rows
 from glactl.models import spec
 from glactl.models.joined import whole
 from glactl.models.layers import Cost, RMSNorm, State, linear_cost, log_gate
 from glactl.models.mixers import base
 from glactl.models.mixers.base import (
     ALONE,
-    FEATURES,
     Depth,
     fixed_decay,
     mixing_cost,
@@ -106,7 +105,7 @@ class GLA(base.Linear):
         super().__init__()
         self.heads, self.groups, self.normalizer = s.heads, s.groups, s.gate_normalizer
         K, V = self.widths = s.widths(d_model)
-        self.features, self.feature_map = FEATURES.get(s.feature_map), s.feature_map
+        self.features, self.feature_map = FEATURES[s.feature_map], s.feature_map
         self.q = nn.Linear(d_model, s.heads * K, bias=False)
         self.k = nn.Linear(d_model, s.groups * K, bias=False)
         self.v = nn.Linear(d_model, s.groups * V, bias=False)
@@ -125,8 +124,7 @@ class GLA(base.Linear):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = (part(x).unflatten(-1, (self.groups, -1)) for part in (self.k, self.v))
-        if self.features is not None:
-            q, k = self.features(q), self.features(k)  # (1)
+        q, k = self.features(q), self.features(k)  # (1)
         return q, k, v, self._gate(x)
 
     def together(self) -> list[nn.Linear]:

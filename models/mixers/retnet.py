@@ -25,12 +25,12 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor, nn
 
+from glactl.kernels.rows import FEATURES
 from glactl.models import spec
 from glactl.models.layers import Cost, RMSNorm, linear_cost, rotate
 from glactl.models.mixers import base
 from glactl.models.mixers.base import (
     ALONE,
-    FEATURES,
     Depth,
     fixed_decay,
     mixing_cost,
@@ -87,7 +87,7 @@ class RetNet(base.Linear):
         super().__init__()
         self.heads, self.groups = s.heads, s.groups
         self.axis, self.counts, self.theta = "g", rope, s.rope_theta
-        self.features = FEATURES.get(s.feature_map)
+        self.features = FEATURES[s.feature_map]
         K, V = self.widths = s.widths(d_model)
         self.q = nn.Linear(d_model, s.heads * K, bias=False)
         self.k = nn.Linear(d_model, s.groups * K, bias=False)
@@ -101,8 +101,7 @@ class RetNet(base.Linear):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = (part(x).unflatten(-1, (self.groups, -1)) for part in (self.k, self.v))
-        if self.features is not None:
-            q, k = self.features(q), self.features(k)
+        q, k = self.features(q), self.features(k)
         if place is not None:
             q, k = rotate(q, place, self.theta), rotate(k, place, self.theta)  # (1)
         return q, k, v, fixed_decay(self.groups, x)  # (2)
