@@ -11,6 +11,9 @@ Ours run through the steps of `glactl train`: `eager` as they are, `compiled` wi
 chunks. fla's GLA and GSA (with fla's fused loss) and transformers' Llama (sdpa) run in the loop
 that their users write: autocast, backward, clip, AdamW; `compiled` is torch.compile of the model.
 
+fla's kernels search for their settings at first use, some minutes; --caches gives it those of an
+earlier search.
+
 A line of JSON for each case as it is done: tokens_per_s of the median over --steps steps after
 --warm, each step timed to its end; first_s, the seconds of the first step, with all compilation;
 peak_gib; mfu, the share of the chip's peak that the products of the model's own mixer make up (see
@@ -23,6 +26,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -218,12 +222,15 @@ def one(args: argparse.Namespace) -> None:
 
 
 def run(case: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure a case in a process, with compilers' caches of its own, which are empty."""
+    """Measure a case in a process, with compilers' caches of its own, which are empty but for the
+    copy of --caches that fla begins with."""
     name, mode, T = case.split(",")
     command = [sys.executable, __file__, "--one", case, "--device", args.device]
     command += ["--steps", str(args.steps), "--warm", str(args.warm), *["--tiny"] * args.tiny]
     began, failure, found = time.monotonic(), "no result", {}
     with tempfile.TemporaryDirectory() as caches:
+        if args.caches and name.startswith("fla"):
+            shutil.copytree(args.caches / name, f"{caches}/triton")
         try:
             done = subprocess.run(
                 command,
@@ -269,6 +276,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--limit", type=int, default=LIMIT, help="seconds of a case")
+    parser.add_argument(
+        "--caches", type=Path, help="fla's tuned kernels: a folder for each of its models"
+    )
+    parser.add_argument("--commit", help="of the source, where it is no git checkout")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="small models, to try it")
     parser.add_argument("--one", metavar="MODEL,MODE,T", help="in this process")
@@ -278,12 +289,12 @@ def main() -> None:
         one(args)
         return
     gpu = torch.cuda.is_available() and args.device != "cpu"
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    head_of = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     head = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "commit": commit.stdout.strip() or None,
+        "commit": args.commit or head_of.stdout.strip() or None,
         "sizes": sizes(args.tiny),
     }
     print(json.dumps(head), flush=True)

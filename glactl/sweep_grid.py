@@ -26,7 +26,6 @@ from glactl.tasks.mqar import MQARSpec
 
 FORMS = ["identity", "hybrid"]
 STEPS = {  # what trial_steps.py does, of the ways in which a spec may have a step taken
-    "compile": (False,),
     "recompute": (False,),
     "loss": ("auto", "whole"),
     "parallel": ("auto", "none"),

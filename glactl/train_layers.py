@@ -17,13 +17,16 @@ from torch.utils.checkpoint import checkpoint
 from glactl.models.lm import LM, Block
 
 
-def quicken(lm: LM, compiled: bool, recompute: bool) -> None:
-    """Have the layers of `lm` compiled, computed again, both or neither."""
+def quicken(lm: LM, compiled: bool, recompute: bool, dynamic: bool | None = None) -> None:
+    """Have the layers of `lm` compiled, computed again, both or neither.
+
+    dynamic: as of torch.compile; False compiles once for every shape, None for all from the second.
+    """
     for block in lm.blocks:
         assert isinstance(block, Block)
         block.__dict__.pop("forward", None)
         if compiled or recompute:
-            block.__dict__["forward"] = _quick(block, block.forward, compiled, recompute)
+            block.__dict__["forward"] = _quick(block, compiled, recompute, dynamic)
 
 
 @contextmanager
@@ -39,9 +42,10 @@ def plain(lm: LM) -> Iterator[None]:
 
 
 def _quick(
-    block: Block, plain: Callable[..., Any], compiled: bool, recompute: bool
+    block: Block, compiled: bool, recompute: bool, dynamic: bool | None
 ) -> Callable[..., Any]:
-    inner: Callable[..., Any] = torch.compile(plain) if compiled else plain
+    plain = block.forward
+    inner: Callable[..., Any] = torch.compile(plain, dynamic=dynamic) if compiled else plain
 
     def forward(*inputs: Any) -> Any:
         if not block.training:

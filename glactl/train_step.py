@@ -174,8 +174,10 @@ class _Captured:
                 self.targets.copy_(to_device(batch.targets, self.device))
                 if one:
                     self._run("whole", self._all)
-                else:
-                    self._run("more" if i else "first", self._add if i else self._first)
+                elif i == 0:
+                    self._run("first", self._first)
+                else:  # captured after `first`, whose gradients it adds to
+                    self._run("more", self._add, len(portion.batches) - 1)
             if not one:
                 self._run("update", self._update)
         self.taken += 1
@@ -211,9 +213,10 @@ class _Captured:
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    def _run(self, name: str, call: Callable[[], None]) -> None:
+    def _run(self, name: str, call: Callable[[], None], times: int = 1) -> None:
+        """A call that each step makes so often."""
         if name not in self.graphs:
-            self.graphs[name] = Graph(self.device)
+            self.graphs[name] = Graph(self.device, WARM * times)
         self.graphs[name](call)
 
     def _all(self) -> None:

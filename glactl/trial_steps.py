@@ -11,6 +11,10 @@ losses once in a while. Steps run as they are, without a graph, where
 - an engine asks for values on the way, as the chunked ones do. The second step is taken with such
   questions forbidden, which tells before anything is captured.
 
+Small models are bound by the memory that their element-wise operations pass through, so with
+train.compile the layers of a captured step go through torch.compile, and the loss takes its chunks
+(train_loss.py); where nothing is captured, nothing is compiled.
+
 A rate in a graph is the fp32 rounding of that of `learning_rate`.
 """
 
@@ -33,6 +37,8 @@ from glactl.stages import read
 from glactl.tasks.mqar import MQARTask
 from glactl.tasks.mqar_device import DeviceBatches
 from glactl.train import seeded
+from glactl.train_layers import plain, quicken
+from glactl.train_loss import chunked_loss
 
 BLOCK = 32  # the most steps between two looks at the losses
 
@@ -63,6 +69,8 @@ class TrialSteps:
         self._rate = torch.zeros((), device=device)  # of this step, where there is a table
         self._graphs: dict[int, Graph] = {}
         self._taken: dict[int, int] = {}  # steps of each graph
+        self._compiled = self.captured and spec.train.compile
+        quicken(self.model, self._compiled, recompute=False, dynamic=False)
         self._ready()
 
     def take(self, count: int) -> tuple[list[float], list[float]]:
@@ -113,7 +121,8 @@ class TrialSteps:
     def _take(self, step: int) -> None:
         segment = self.batches.segment(step)
         if segment is None or self.spec.parts > 1:
-            self._pieces(step)
+            with plain(self.model):  # its shapes may never come again
+                self._pieces(step)
             return
         self.batches.prepare(step, segment)
         call = partial(self._whole, segment)
@@ -153,9 +162,15 @@ class TrialSteps:
         tokens, asked, wanted = self.batches.draw(self._at, segment)
         with products(self.device, self.spec.train.precision):
             hidden, _ = self.model(tokens)
-            loss = _losses(self.model, hidden, asked, wanted).sum() / len(wanted)
+            loss = self._sum(hidden, asked, wanted) / len(wanted)
         loss.backward()
         self._move(loss.detach())
+
+    def _sum(self, hidden: Tensor, asked: Tensor, wanted: Tensor) -> Tensor:
+        if not self._compiled:
+            return _losses(self.model, hidden, asked, wanted).sum()
+        chosen = hidden.flatten(0, -2).index_select(0, asked)
+        return chunked_loss(chosen, self.model.head.weight, wanted, compiled=True)
 
     def _pieces(self, step: int) -> None:
         """A step of packed rows, or of micro-batches, as train.py takes it."""

@@ -17,7 +17,7 @@ GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 class Itself:
     """Stands for a graph: does the call every time."""
 
-    def __init__(self, device):
+    def __init__(self, device, warm=0):
         pass
 
     def __call__(self, call):
@@ -58,6 +58,29 @@ def test_captured_steps_are_plain_steps(parts, data, make_toy, device):
         ends.append([[s.loss, s.grad_norm] for s in steps])
     for found, wanted in zip(ends[1], ends[0], strict=True):
         assert found == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 4])
+def test_all_graphs_of_a_step_are_captured_in_the_same_step(parts, data, make_toy, monkeypatch):
+    """A graph that adds to gradients must add to those of the graph before it."""
+    begun = []
+
+    class Counted:
+        def __init__(self, device, warm):
+            self.left = warm
+
+        def __call__(self, call):
+            if self.left == 0:
+                begun.append(len(steps))
+            self.left -= 1
+            call()
+
+    monkeypatch.setattr("glactl.train_step.Graph", Counted)
+    monkeypatch.setattr("glactl.train_step.capturable", lambda *_: None)
+    spec, steps = spec_of(data, accumulate=parts), []
+    for step in train(spec, device="cpu", task=make_toy()):
+        steps.append(step)
+    assert begun == [2] * (1 if parts == 1 else 3)
 
 
 def test_a_captured_step_that_is_not_finite_changes_nothing(data, make_toy, device, monkeypatch):

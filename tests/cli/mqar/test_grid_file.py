@@ -90,7 +90,7 @@ def test_the_command_names_its_folder_by_the_file(glactl, trained, write, tmp_pa
         ("run: {data: {pairs: 3}}", "{}:1: data: pairs 3 do not fit"),
         ("mixers: [gla, gsaa]", "--mixers gsaa: model.mixer.kind is 'gsaa'"),
         ("run: {init: {from: x}}", "init is set; the trials of a sweep begin with weights of"),
-        ("run: {train: {compile: true}}", "train.compile is True; allowed in a sweep: False"),
+        ("run: {train: {recompute: true}}", "train.recompute is True; allowed in a sweep: False"),
         ("run: {train: {loss: liger}}", "train.loss is liger; allowed in a sweep: auto or whole"),
         ("run: {train: {accumulate: auto}}", "train.accumulate is auto; allowed in a sweep: a nu"),
         ("run: {data: {kind: text}}", "{}:1: data.n_train is not a field of TextSpec"),

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glactl import optim, trial, trial_steps
+from glactl import optim, train_loss, trial, trial_steps
 from glactl.spec import RunSpec
 from glactl.sweep_grid import make_grid, read_preset
 from glactl.tasks import load_task
@@ -202,7 +202,7 @@ class FakeGraph:
 
     made = []  # noqa: RUF012
 
-    def __init__(self, device):
+    def __init__(self, device, warm=0):
         self.calls = 0
         FakeGraph.made.append(self)
 
@@ -231,6 +231,30 @@ def test_a_graph_for_each_segment_takes_the_same_steps(captured, name, graphs):
     assert captured == ["error", "default"] * graphs
     for record, step in zip(records, plain, strict=True):  # rates of fp32, not fp64
         assert record.loss == pytest.approx(step.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "graphs"), [("gla", 1), ("a mixture, some of it packed", 2)])
+def test_layers_of_captured_steps_are_compiled_once_for_every_shape(
+    captured, monkeypatch, name, graphs
+):
+    """With a compiler that gives the traced graph back as it is."""
+    traced, compiler = [], torch.compile
+
+    def backend(graph, examples):
+        traced.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr("glactl.train_loss._compiled_slope", lambda: train_loss._slope)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: compiler(function, backend=backend, **options)
+    )
+    spec = SPECS[name]
+    spec = spec.model_copy(update={"train": spec.train.model_copy(update={"compile": True})})
+    for record, step in zip(ran(spec), train(SPECS[name], device="cpu"), strict=True):
+        assert record.loss == pytest.approx(step.loss, rel=1e-4)
+    assert len(traced) == graphs  # one layer
+    torch._dynamo.reset()
 
 
 def test_a_step_that_waits_for_the_device_is_never_captured(captured, monkeypatch):
