@@ -166,7 +166,7 @@ def dtype_on(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def imported(model: Any, tokenizer: Any, batch_tokens: int) -> LMEngine:
+def imported(model: Any, tokenizer: Any, batch_tokens: int | None) -> LMEngine:
     """Our model with the weights of a transformers Llama."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
@@ -174,7 +174,7 @@ def imported(model: Any, tokenizer: Any, batch_tokens: int) -> LMEngine:
     return LMEngine(lm.to(model.dtype), own_tokenizer(tokenizer), batch_tokens)
 
 
-def gla(tokenizer: Any, device: torch.device, tiny: bool, batch_tokens: int) -> LMEngine:
+def gla(tokenizer: Any, device: torch.device, tiny: bool, batch_tokens: int | None) -> LMEngine:
     """Our GLA with random weights."""
     spec = load(SPEC).model
     if tiny:
@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--new", type=int, default=48)
     parser.add_argument("--warm", type=int, default=8, help="documents before the time is taken")
-    parser.add_argument("--batch-tokens", type=int, default=16_384)
+    parser.add_argument("--batch-tokens", type=int, help="by default as of glactl eval")
     parser.add_argument("--only", default="hf,llama,gla,ours_hf,fla", help="rows to make")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small models, to try the script")

@@ -177,7 +177,10 @@ def evaluate(
         bool, typer.Option("--sample", help="A few rows of our own; needs no network.")
     ] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents a task.")] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens read at once.")] = 16_384,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens read at once; by default 32768 on a GPU, else 16384."),
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Tokens a model reads; longer contexts are cut.")
     ] = None,

@@ -51,7 +51,7 @@ def eval_command(
     revision: str | None = None,
     sample: bool = False,
     limit: int | None = None,
-    batch_tokens: int = 16_384,
+    batch_tokens: int | None = None,
     max_length: int | None = None,
     bos: bool = False,
     reuse: bool = True,

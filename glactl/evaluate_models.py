@@ -27,11 +27,12 @@ class PackageMissing(OSError):
 class Reading:
     """How every model of a command reads.
 
-    batch_tokens: tokens at once. bos: texts begin with BOS. max_length: tokens at most, None: what
-    the model holds. reuse: what requests share is read once. precision: of weights and products.
+    batch_tokens: tokens at once, None: as `glactl.tasks.batching.budget` has it. bos: texts begin
+    with BOS. max_length: tokens at most, None: what the model holds. reuse: what requests share is
+    read once. precision: of weights and products.
     """
 
-    batch_tokens: int = 16_384
+    batch_tokens: int | None = None
     bos: bool = False
     max_length: int | None = None
     reuse: bool = True

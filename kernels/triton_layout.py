@@ -7,14 +7,20 @@ host: the lists then have room for the most blocks and segments that N sequences
 can have, and the unused entries say zero rows.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 128  # rows between two stored states
 CHUNK = 64  # rows of one step of the state
+_cuts: ContextVar[dict[tuple[Any, ...], tuple[Tensor, "Layout"]] | None] = ContextVar(
+    "cuts", default=None
+)
 
 
 class Layout(NamedTuple):
@@ -97,6 +103,25 @@ def cut(
     length = max(1, -(-most * tiles // programs))
     if cu_seqlens is None:
         return _dense(B, T, length, device)
+    cuts, key = _cuts.get(), (id(cu_seqlens), T, length)
+    if cuts is not None and key in cuts:
+        return cuts[key][1]
     cu = cu_seqlens.long()
     layout = _cut(cu[:-1], cu[1:], most, most // length + n, length)
-    return layout._replace(split=most > length)
+    layout = layout._replace(split=most > length)
+    if cuts is not None:
+        cuts[key] = cu_seqlens, layout  # held, so that no other tensor gets its id
+    return layout
+
+
+@contextmanager
+def steady() -> Iterator[None]:
+    """Within, no cu_seqlens changes its values, so that all layers of a model share their cuts.
+
+    Cost: without, some 20 launches for each call of an engine with packed sequences.
+    """
+    token = _cuts.set({})
+    try:
+        yield
+    finally:
+        _cuts.reset(token)

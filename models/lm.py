@@ -11,6 +11,7 @@ Position t of the hidden states depends on tokens up to t of its own sequence al
 holds all that later tokens need: a text read in pieces, or token by token, gives the same numbers.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
 from typing import Literal, overload
@@ -19,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glactl.kernels.triton_layout import steady
 from glactl.models.layers import (
     GLU,
     LayerNorm,
@@ -91,7 +93,7 @@ class Block(nn.Module):
         """(N, d) -> (N, d); `state` is updated in place."""
         joined = getattr(self.mixer, "joined_step", None)  # see glactl.models.joined
         if self.conv is None and joined is not None and isinstance(self.norm, RMSNorm):
-            made = joined(h, self.norm, state)
+            made = joined(h, self.norm, state, () if self.ffn is None else self.ffn.ahead())
             if made is not None:
                 return self._channels(made)
         x = self.norm(h)
@@ -199,11 +201,12 @@ class LM(nn.Module):
         h = self.dropout(h)  # (1)
         layers: list[State] = []
         shared = self._shared()
-        for i, block in enumerate(self._blocks()):
-            before = None if state is None else state.layers[i]
-            h, after = block(h, before, cu_seqlens, longest, shared[i])  # (2)
-            if after is not None:
-                layers.append(after)
+        with nullcontext() if cu_seqlens is None else steady():
+            for i, block in enumerate(self._blocks()):
+                before = None if state is None else state.layers[i]
+                h, after = block(h, before, cu_seqlens, longest, shared[i])  # (2)
+                if after is not None:
+                    layers.append(after)
         if state is None:
             return self.norm(h), None
         return self.norm(h), LMState(layers, state.position + at.length, longest)
@@ -236,12 +239,17 @@ class LM(nn.Module):
         if self.positions is not None:
             h = h + self._position(state.position, 1)
         h = self.dropout(h)  # (1)
-        for block, layer, row in zip(self._blocks(), state.layers, self._shared(), strict=True):
-            h = block.step(h, layer, state.longest + 1, row)  # (2)
+        h = self.step_layers(h, state)
         state.position += 1
         state.longest += 1
         hidden: Tensor = self.norm(h)
         return hidden
+
+    def step_layers(self, h: Tensor, state: LMState) -> Tensor:
+        """(2) in `step`, (N, d_model) -> the same; of `state`, the layers' are updated in place."""
+        for block, layer, row in zip(self._blocks(), state.layers, self._shared(), strict=True):
+            h = block.step(h, layer, state.longest + 1, row)  # (2)
+        return h
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., d_model) -> (..., vocab_size), in the weights' dtype: (3)."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 SHORTEST = 32  # tokens that are worth a copy of the state
+GPU_TOKENS, CPU_TOKENS = 32_768, 16_384  # with fewer a GPU waits for the host
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,16 @@ class Budget:
                 batch = _halves(batch[0])
             left += reversed(batch)
             _give_back()
+
+
+def budget(batch_tokens: int | None, device: torch.device) -> Budget:
+    """Of so many tokens; None: GPU_TOKENS or CPU_TOKENS.
+
+    Raises:
+        ValueError: batch_tokens below 1.
+    """
+    most = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+    return Budget(most if batch_tokens is None else batch_tokens)
 
 
 def _halves(group: Group) -> list[Group]:

@@ -13,7 +13,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from glactl.tasks.batching import Budget, Group, alone
+from glactl.tasks.batching import Group, alone, budget
 from glactl.tasks.engine import Ask, Engine, Pair, Score
 from glactl.tasks.tokenizer import FileTokenizer, Tokenizer
 
@@ -29,7 +29,7 @@ class HFEngine(Engine):
     Args:
         model: an AutoModelForCausalLM.
         tokenizer: its own.
-        batch_tokens: tokens of a batch with its padding, 1 or more.
+        batch_tokens: tokens of a batch with its padding, 1 or more; None: as of `budget`.
         bos: texts begin with BOS.
         max_length: tokens to read at most; None: the positions of its config, if it has some.
     """
@@ -38,7 +38,7 @@ class HFEngine(Engine):
         self,
         model: Any,
         tokenizer: Tokenizer,
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         *,
         bos: bool = False,
         max_length: int | None = None,
@@ -49,7 +49,7 @@ class HFEngine(Engine):
         told = model.generation_config.eos_token_id
         ends = [*(told if isinstance(told, list) else [told]), tokenizer.eos_id, tokenizer.bos_id]
         self._ends = [token for token in dict.fromkeys(ends) if token is not None]
-        self._tokens = Budget(batch_tokens)
+        self._tokens = budget(batch_tokens, model.device)
         self._padded: bool | None = None
 
     @torch.inference_mode()

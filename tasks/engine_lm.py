@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from glactl.models.decode import BLOCK, PIECE, decode, join, prefill, take
+from glactl.models.decode import BLOCK, decode, join, prefill, take
 from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState, token_losses
 from glactl.models.sampling import Sampler
-from glactl.tasks.batching import SHORTEST, Budget, Group, alone, grouped
+from glactl.tasks.batching import SHORTEST, Budget, Group, alone, budget, grouped
 from glactl.tasks.engine import Ask, Engine, Pair, Score
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class LMEngine(Engine):
     Args:
         lm: the model.
         tokenizer: text to tokens and back.
-        batch_tokens: tokens read at once, 1 or more.
+        batch_tokens: tokens read at once, 1 or more; None: as of `budget`.
         bos: texts begin with BOS.
         max_length: tokens to read at most; None: what the model's table of positions holds, any
             number without one.
@@ -56,7 +56,7 @@ class LMEngine(Engine):
         self,
         lm: LM,
         tokenizer: "Tokenizer",
-        batch_tokens: int = 16_384,
+        batch_tokens: int | None = None,
         *,
         bos: bool = False,
         max_length: int | None = None,
@@ -70,7 +70,7 @@ class LMEngine(Engine):
             raise ValueError(f"max_length is {max_length}; the model has {held} positions")
         super().__init__(tokenizer, max_length or held, bos)
         self.lm, self.reuse, self.shortest = lm, reuse, shortest
-        self._tokens = Budget(batch_tokens)
+        self._tokens = budget(batch_tokens, lm.device)
         self._memory = state_memory
         self._states: Budget | None = None
         empty, some = (state_bytes(lm, n) for n in (0, 1024))
@@ -205,7 +205,7 @@ class LMEngine(Engine):
 
     def _read(self, prompts: Sequence[list[int]]) -> tuple[Tensor, LMState]:
         """`prefill` of whole prompts, at most a piece at once: no state of others is copied."""
-        piece = min(PIECE, self._tokens.size)
+        piece = self._tokens.size
         parts: list[list[list[int]]] = []
         held = piece
         for prompt in prompts:
