@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from glactl.train import train
 
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 T, DEVICE_TOKENS = 2048, 16_384
+SMALL = {"n_layers": 4}  # of the elastic run
 PART = 4  # steps of the elastic run on each number of devices
 
 
@@ -157,6 +159,7 @@ def elastic(args: argparse.Namespace, mode: str, precision: str) -> dict[str, An
     """The run of changing devices beside the one that was left alone."""
     options = {"parallel": mode, "precision": precision, "save_every": PART, "keep_last": 9}
     spec = spec_of(args, args.world, **options)
+    spec = spec.model_copy(update={"model": spec.model.model_copy(update=SMALL)})
     with tempfile.TemporaryDirectory() as folder:
         whole, cut = (Run.create(spec, "", folder) for _ in range(2))
         told = [launch(args, 1, "--part", str(whole.path), "--whole")]
@@ -187,26 +190,19 @@ def _ahead(run: Run) -> dict[str, str]:
     return {p.name: checkpoints.read_position(p)["ahead"] for p in found}
 
 
-def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All of it, each line printed when it is there."""
-    results: list[dict[str, Any]] = []
-
-    def add(found: dict[str, Any]) -> None:
-        results.append(found)
-        print(json.dumps(found), flush=True)
-
+def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """All of it, as it is done."""
     alone = launch(args, 1, "--rate", "auto")
-    add(alone)
+    yield alone
     for mode in ("ddp", "fsdp"):
         found = launch(args, args.world, "--rate", mode)
         if "error" not in found and "error" not in alone:
             ideal = args.world * alone["tokens_per_s"]
             found["efficiency"] = round(found["tokens_per_s"] / ideal, 4)
-        add({"parallel": mode} | found)
-    for mode in ("ddp", "fsdp"):
-        for precision in ("fp32", "bf16"):
-            add(elastic(args, mode, precision))
-    return results
+        yield {"parallel": mode} | found
+    for precision in filter(None, args.elastic.split(",")):
+        for mode in ("ddp", "fsdp"):
+            yield elastic(args, mode, precision)
 
 
 def main() -> None:
@@ -217,29 +213,34 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warm", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="layers through torch.compile")
+    parser.add_argument("--elastic", default="fp32,bf16", help="its precisions; empty for none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="a small model, to try it")
     parser.add_argument("--rate", choices=("auto", "ddp", "fsdp"), help="one process of a rate")
     parser.add_argument("--part", type=Path, metavar="RUN", help="one process of an elastic run")
     parser.add_argument("--whole", action="store_true", help="with --part: all steps")
+    parser.add_argument("--commit", help="of the source, where it is no git checkout")
     parser.add_argument("--write", type=Path, metavar="FILE")
     args = parser.parse_args()
     if args.rate or args.part:
         (rate if args.rate else part)(args)
         return
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+    source = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     gpu = args.device != "cpu" and torch.cuda.is_available()
     head = {
         "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
         "torch": torch.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": args.commit or source.stdout.strip() or None,
         "spec": args.spec,
         "compile": args.compile,
     }
     print(json.dumps(head), flush=True)
-    results = measure(args)
-    if args.write:
-        args.write.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
+    results = []
+    for found in measure(args):
+        results.append(found)
+        print(json.dumps(found), flush=True)
+        if args.write:
+            args.write.write_text(json.dumps(head | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

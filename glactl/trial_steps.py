@@ -70,6 +70,8 @@ class TrialSteps:
         self._graphs: dict[int, Graph] = {}
         self._taken: dict[int, int] = {}  # steps of each graph
         self._compiled = self.captured and spec.train.compile
+        if self._compiled:  # of one function it keeps eight forms, and trials are more
+            torch.compiler.reset()
         quicken(self.model, self._compiled, recompute=False, dynamic=False)
         self._ready()
 

@@ -17,10 +17,16 @@ rounding between its parts. `gla_step_rows` and `gsa_step_rows` are the mixers' 
 and the feature maps before them,
 
     gk = log sigma(U l + b) / c        g = log sigma(a) / c                                  (6)
+
+`greedy_rows` ends a greedy step of one row: y of (4) are the logits, rounded to their type, and the
+token with the largest one is put where the next step begins, with its embedding E_j:
+
+    j = the first of the largest y; a NaN is the largest                                     (7)
+    token = made_slot = j   h = scale E_j   slot = slot + 1   position = position + 1        (8)
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,16 +102,20 @@ def product_rows_reference(
 @torch.no_grad()
 def gla_step_rows(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, bias: Tensor, state: Tensor, *,
-    normalizer: float, feature_map: str = "none",
+    normalizer: float, feature_map: str = "none", ahead: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """`gla_step` with gk of (6).
 
     Args:
         q, k, v: (N, HQ, K), (N, H, K), (N, H, V); sequences may lie apart.
         low, up, bias: l (N, rank), U (H K, rank), b (H K,).
-        state: (N, H, K, V), fp32 or fp64, contiguous; updated in place.
+        state: (N, H, K, V), fp32 or fp64, contiguous; updated in place. The launch just before
+            must not write it.
         normalizer: c.
         feature_map: of q and k, "none", "relu" or "swish".
+        ahead: at most three weights, contiguous, that the launches to come read; the order is
+            theirs. Of one row on a GPU of compute capability 9 or later the first 20 MB of them are
+            brought into the cache on the way; else nothing is done with them.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -116,7 +126,8 @@ def gla_step_rows(
         from glactl.kernels.triton_step import LowRank, gla_step_triton
 
         low_rank = LowRank(low, up, bias, normalizer)
-        return gla_step_triton(q, k, v, state, low_rank=low_rank, feature_map=feature_map)
+        more: dict[str, Any] = {"feature_map": feature_map, "ahead": ahead}
+        return gla_step_triton(q, k, v, state, low_rank=low_rank, **more)
     f, wide = FEATURES[feature_map], torch.promote_types(low.dtype, torch.float32)
     logits = low.to(wide) @ up.to(wide).T + bias.to(wide)
     gk = (F.logsigmoid(logits) / normalizer).unflatten(1, k.shape[1:])  # (6)
@@ -126,7 +137,7 @@ def gla_step_rows(
 @torch.no_grad()
 def gsa_step_rows(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: tuple[Tensor, Tensor], *,
-    normalizer: float, feature_map: str = "none",
+    normalizer: float, feature_map: str = "none", ahead: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """`gsa_step` with g of (6), writes 1 - exp(g) and logits as they are.
 
@@ -135,6 +146,7 @@ def gsa_step_rows(
         state: (N, H, K, M) and (N, H, M, V), fp32 or fp64, contiguous; updated in place.
         normalizer: c.
         feature_map: of q, k and v, "none", "relu" or "swish".
+        ahead: as of `gla_step_rows`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -145,7 +157,51 @@ def gsa_step_rows(
         from glactl.kernels.triton_step_gsa import gsa_step_triton
 
         more: dict[str, Any] = {"normalizer": normalizer, "feature_map": feature_map}
+        more["ahead"] = ahead
         return gsa_step_triton(q, k, v, None, a, state, **more)
     f, wide = FEATURES[feature_map], torch.promote_types(a.dtype, torch.float32)
     g = F.logsigmoid(a.to(wide)) / normalizer  # (6)
     return gsa_step(f(q), f(k), f(v), None, g, state)
+
+
+class Next(NamedTuple):
+    """What (8) writes: token (1,), made (1, places), slot and position (1,) int64, and h (1, d);
+    all contiguous, slot in [0, places)."""
+
+    token: Tensor
+    made: Tensor
+    slot: Tensor
+    position: Tensor
+    h: Tensor
+
+
+@torch.no_grad()
+def greedy_rows(
+    x: Tensor, weight: Tensor, *, norm: Tensor, eps: float, embedding: Tensor, scale: float,
+    into: Next,
+) -> None:  # fmt: skip
+    """(7) and (8) for the norm of one row, in place.
+
+    Args:
+        x: (1, K), contiguous.
+        weight: W, (R, K), R at most 2^31 - 1, contiguous, in x's dtype; its rows are the tokens
+            that may be taken.
+        norm: w of (2), (K,).
+        eps: of (2).
+        embedding: E, (R or more, K), contiguous.
+        scale: of (8).
+        into: what is written.
+
+    Cost: on a CUDA device two launches, the second of one program; else as plain torch.
+    """
+    if launches(x):
+        from glactl.kernels.triton_rows import greedy_rows_triton
+
+        greedy_rows_triton(x, weight, norm, eps, embedding, scale, into)
+        return
+    y = product_rows_reference(x, weight, norm=norm, eps=eps)
+    torch.argmax(y, 1, out=into.token)  # (7)
+    into.made.index_copy_(1, into.slot, into.token[:, None])
+    into.h.copy_(scale * embedding[into.token])
+    into.slot.add_(1)
+    into.position.add_(1)  # (8)

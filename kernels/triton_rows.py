@@ -1,15 +1,25 @@
-r"""Triton kernels of `product_rows` (rows.py): equations (1) to (5) there as one launch.
+r"""Triton kernels of `product_rows` (rows.py): equations (1) to (5) there as one launch; and of
+`greedy_rows`, (7) and (8).
 
 `_one` is a single row: a program owns RB rows of W, has all of them on their way before it looks at
 x, and takes the sums along K in its threads. Of more rows the product is the library's, with (1) to
 (3) as a launch before it, `_prepare`, and (4) as one behind it, `_pair`. (A kernel with all of it
 on the tensor cores took 21 us where the library's product takes 5 to 12: 64 rows, d 1024.)
 
+For (7) a program of `_one` leaves the best of its rows in the place of y, as one whole number that
+orders them (`_rank`), and one program, `_take`, finds the largest of those and does (8).
+
 A launch may begin before the one before it has ended (programmatic dependent launch, compute
 capability 9 and later): it asks for its weights, which no kernel writes, and only then waits. Every
-kernel waits before it reads or writes anything else, so that one that has ended vouches for all
-before it, and lets the next one begin only then: earlier, they take its place on the chip (0.544 ms
-a step in place of 0.527).
+kernel waits before it writes, so that one that has ended vouches for all before it, and lets the
+next one begin only then: earlier, they take its place on the chip (0.544 ms a step in place of
+0.527). So when a launch begins, all have ended but the one just before it, and what that one does
+not write may be read at once; triton_step.py and triton_step_gsa.py do so and say why.
+
+While a mixer's step runs, memory has little to do. Programs added to its launch ask for the weights
+of the launches after it, which come into the L2 cache (`ask`). They read and write nothing, so they
+wait for nothing and hold nobody up: the next launch still begins only when those of the step have
+waited, and a launch that has ended still vouches for all before it.
 
 Floor of one row, an H100: the bytes of W over 3.02 TB/s. 340m, d 1024: 12.6 M weights a layer, 8.3
 us in five launches; each takes some 1 to 2 us besides to begin and end.
@@ -19,6 +29,7 @@ us in five launches; each takes some 1 to 2 us besides to begin and end.
 # (the parameters of a kernel have no Python types)
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -26,9 +37,43 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from glactl.kernels.rows import Next
 from glactl.kernels.triton_edges import sigma
 
-TILE = 8192  # weights of a program of `one`
+TILE = 8192  # weights of a program of `_one`
+RANKS = 4096  # that `_take` reads at once
+LAST = tl.constexpr(2**31 - 1)  # the largest row there may be
+LOWEST = tl.constexpr(-(2**63))  # below the rank of any row
+PIECE = tl.constexpr(1024)  # bytes that a thread asks for
+ASKING = tl.constexpr(128)  # threads of a program that asks
+AHEAD = 20 * 2**20  # bytes asked for at most: what memory gives in 7 us, of 50 MB that L2 holds
+
+
+@triton.jit
+def _asked(i, a, b, c, in_a, in_b, in_c):
+    """Addresses of the pieces i of a, b and c, one behind the other, which have so many of them; of
+    the last one beyond those."""
+    i = tl.minimum(i, in_a + in_b + in_c - 1)
+    at = a.to(tl.int64) + i * PIECE
+    if b is not None:
+        at = tl.where(i < in_a, at, b.to(tl.int64) + (i - in_a) * PIECE)
+    if c is not None:
+        at = tl.where(i < in_a + in_b, at, c.to(tl.int64) + (i - in_a - in_b) * PIECE)
+    return at
+
+
+@triton.jit
+def ask(program, a, b, c, in_a, in_b, in_c, EARLY: tl.constexpr):
+    """Bring ASKING pieces of the weights a, b, c into the L2 cache. The prefetch of one address is
+    of a line at most, and need not be of all of it; this one is of a whole piece."""
+    if EARLY:
+        gdc_launch_dependents()
+    at = _asked(program * ASKING + tl.arange(0, ASKING).to(tl.int64), a, b, c, in_a, in_b, in_c)
+    if EARLY:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], 1024; mov.u32 $0, 0;", "=r,l", [at],
+            dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -45,12 +90,25 @@ def _before(x, z, SWISH: tl.constexpr):
 
 
 @triton.jit
+def _rank(z, j):
+    """int64, the larger the larger z is, a NaN above all, and of equals the larger the smaller j.
+
+    Bits of fp32 order numbers as whole numbers do, but below 0 the other way round.
+    """
+    z = tl.where(z == 0, 0.0, z.to(tl.float32))  # -0 equals 0
+    bits = z.to(tl.int32, bitcast=True)
+    order = tl.where(z == z, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    return (order.to(tl.int64) << 32) | (LAST - j)
+
+
+@triton.jit
 def _one(
-    x, w, norm, gate, res, y, eps, R,
+    x, w, norm, gate, res, y, best, eps, R,
     GROUPS: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, RB: tl.constexpr,
     SWISH: tl.constexpr, PAIR: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(1) to (5) of one row and RB of the R results; GROUPS groups of D, padded to GP and DP."""
+    """(1) to (5) of one row and RB of the R results; GROUPS groups of D, padded to GP and DP. The
+    results to y, or the rank of the best of them to `best`."""
     r = tl.program_id(0).to(tl.int64) * RB + tl.arange(0, RB)
     g, d = tl.arange(0, GP)[:, None], tl.arange(0, DP)[None, :]
     inside = (g < GROUPS) & (d < D)
@@ -66,6 +124,8 @@ def _one(
         gdc_wait()
         gdc_launch_dependents()
     z = tl.load(gate + k, mask=inside, other=0.0) if gate is not None else None
+    if res is not None:
+        rest = tl.load(res + r, mask=r < R, other=0.0)
     s, f = _before(tl.load(x + k, mask=inside, other=0.0), z, SWISH)
     if norm is not None:
         s *= (1.0 / tl.sqrt(tl.sum(s * s, 1) / D + eps))[:, None]  # (2)
@@ -75,8 +135,37 @@ def _one(
     if PAIR:
         out = out * sigma(out) * tl.sum(tl.sum(W2.to(tl.float32) * p, 2), 1)  # (4)
     if res is not None:
-        out += tl.load(res + r, mask=r < R, other=0.0).to(tl.float32)  # (5)
-    tl.store(y + r, out.to(y.dtype.element_ty), mask=r < R)
+        out += rest.to(tl.float32)  # (5)
+    z = out.to(w.dtype.element_ty)
+    if best is None:
+        tl.store(y + r, z, mask=r < R)
+    else:
+        tl.store(best + tl.program_id(0), tl.max(tl.where(r < R, _rank(z, r), LOWEST), 0))  # (7)
+
+
+@triton.jit
+def _take(
+    best, embedding, token, made, slot, position, h, scale,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    EARLY: tl.constexpr,
+):  # fmt: skip
+    """(7) of the ranks of PARTS programs, BLOCK at once, and (8)."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    i = tl.arange(0, BLOCK)
+    found = tl.load(best + tl.minimum(i, PARTS - 1))
+    place, count = tl.load(slot), tl.load(position)
+    for first in range(BLOCK, PARTS, BLOCK):
+        found = tl.maximum(found, tl.load(best + tl.minimum(first + i, PARTS - 1)))
+    j = LAST - (tl.max(found, 0) & LAST)  # (7)
+    d = tl.arange(0, DP)
+    e = tl.load(embedding + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(h + d, (scale * e).to(h.dtype.element_ty), mask=d < D)
+    tl.store(token, j)
+    tl.store(made + place, j)
+    tl.store(slot, place + 1)
+    tl.store(position, count + 1)  # (8)
 
 
 @triton.jit
@@ -125,6 +214,26 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
+def asking(N: int, ahead: Sequence[Tensor]) -> tuple[int, list[Tensor | int | None]]:
+    """Programs to add to a step of N rows, and the arguments a to in_c of their `ask`.
+
+    The first AHEAD bytes of the first three weights, in whole pieces; nothing for more rows than
+    one, whose states keep memory busy, and of weights that do not lie in one piece, at addresses
+    that 16 divides.
+    """
+    left = AHEAD // PIECE.value if N == 1 else 0
+    weights: list[Tensor] = []
+    pieces: list[int] = []
+    for w in ahead[:3]:
+        whole = w.is_contiguous() and w.data_ptr() % 16 == 0
+        count = min(left, w.nbytes // PIECE.value) if whole else 0
+        if count:
+            weights, pieces, left = [*weights, w], [*pieces, count], left - count
+    none = 3 - len(weights)
+    programs = triton.cdiv(sum(pieces), ASKING.value)
+    return programs, [*weights, *[None] * none, *pieces, *[0] * none]
+
+
 def _rows_of_one(R: int, K: int, pair: bool) -> tuple[int, int]:
     """RB and warps of `one`: a tile of TILE weights, less where that leaves half the chip idle."""
     rows = max(1, TILE // K)
@@ -155,7 +264,7 @@ def product_rows_triton(
         y = torch.empty(N, R, dtype=x.dtype, device=x.device)
         rows, warps = _rows_of_one(R, sizes["GP"] * sizes["DP"], pair)
         _one[(triton.cdiv(R, rows),)](
-            x, weight, norm, gate, residual, y, eps, R,
+            x, weight, norm, gate, residual, y, None, eps, R,
             RB=rows, PAIR=pair, num_warps=warps, **sizes, **begin,
         )  # fmt: skip
         return y
@@ -174,3 +283,23 @@ def product_rows_triton(
     made = torch.empty(N, R, dtype=x.dtype, device=x.device)
     _pair[(triton.cdiv(N * R, 1024),)](y, made, R, N * R, BLOCK=1024, num_warps=4, **begin)
     return made if residual is None else made + residual
+
+
+def greedy_rows_triton(
+    x: Tensor, weight: Tensor, norm: Tensor, eps: float, embedding: Tensor, scale: float,
+    into: Next,
+) -> None:  # fmt: skip
+    """`greedy_rows` on a CUDA device; the arguments are taken to be right."""
+    R, K = weight.shape
+    D, begin = triton.next_power_of_2(K), launch_options(x.device)
+    rows, warps = _rows_of_one(R, D, False)
+    parts = triton.cdiv(R, rows)
+    best = torch.empty(parts, dtype=torch.int64, device=x.device)
+    _one[(parts,)](
+        x, weight, norm, None, None, None, best, eps, R, GROUPS=1, GP=1, D=K, DP=D, RB=rows,
+        SWISH=False, PAIR=False, num_warps=warps, **begin,
+    )  # fmt: skip
+    _take[(1,)](
+        best, embedding, *into, scale, PARTS=parts,
+        BLOCK=min(RANKS, triton.next_power_of_2(parts)), D=K, DP=D, num_warps=8, **begin,
+    )  # fmt: skip

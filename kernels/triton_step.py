@@ -10,6 +10,11 @@ What stands before it in a layer can be taken in, so that a step needs no launch
 One launch that reads and writes every state once, which is the floor: 2 N H K V 4 bytes. (1) is
 independent over columns of V, so its grid cuts V until the chip is full.
 
+With (3), which is a layer's step, S, U and b are on their way before the launch waits: all launches
+have ended but the one just before (triton_rows.py), which makes q, k, v and l; S was written by
+this kernel, one token ago. Without (3) the launch just before may be this one, on the same state,
+so S is read behind the wait.
+
 Measured on an H100 inside a CUDA graph, 4 heads, K 128, V 256, bf16: N = 1 2.6 us, N = 64 23 us (67
 MB; floor 22).
 """
@@ -17,6 +22,7 @@ MB; floor 22).
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the parameters of a kernel have no Python types)
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +32,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from glactl.kernels.triton_edges import log_sigma, sigma
-from glactl.kernels.triton_rows import launch_options
+from glactl.kernels.triton_rows import ask, asking, launch_options
 
 PROGRAMS = 264  # two a multiprocessor of an H100
 TILE = 16384  # state elements a program holds at most
@@ -43,30 +49,21 @@ def feature(x, MAP: tl.constexpr):
 
 
 @triton.jit
-def _low_rank(
-    low, up, bias, head, kk, in_k, c, K: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr
-):
-    """gk of (3) of one head from its rows of up (H K, RANK)."""
-    j = tl.arange(0, RP)
-    row = (head * K + kk).to(tl.int64)
-    U = tl.load(
-        up + row[:, None] * RANK + j[None, :], mask=in_k[:, None] & (j < RANK)[None, :], other=0.0
-    )
-    x = tl.load(low + j, mask=j < RANK, other=0.0)
-    logits = tl.sum(U.to(tl.float32) * x.to(tl.float32)[None, :], 1)
-    return log_sigma(logits + tl.load(bias + row, mask=in_k, other=0.0).to(tl.float32)) / c
-
-
-@triton.jit
 def _gla_step(
     q, k, v, gk, gv, g, low, up, bias, state, o, scale, c,
-    H, q_row, k_row, v_row, low_row,
+    H, q_row, k_row, v_row, low_row, programs,
+    ahead_a, ahead_b, ahead_c, in_a, in_b, in_c,
     K: tl.constexpr, V: tl.constexpr, KP: tl.constexpr, VB: tl.constexpr, R: tl.constexpr,
     PER_TOKEN: tl.constexpr, RANK: tl.constexpr, RP: tl.constexpr, MAP: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(1) for one sequence, head and VB columns of V; KP is K up to a power of two."""
+    """(1) for one sequence, head and VB columns of V; KP is K up to a power of two. The programs
+    beyond `programs` ask for weights."""
     pid = tl.program_id(0).to(tl.int64)
+    if ahead_a is not None:  # noqa: SIM102 (a constant, which decides what is compiled)
+        if pid >= programs:
+            ask(pid - programs, ahead_a, ahead_b, ahead_c, in_a, in_b, in_c, EARLY)
+            return
     NV = tl.cdiv(V, VB)
     at = pid // NV  # sequence and head
     n, head = at // H, at % H
@@ -75,29 +72,43 @@ def _gla_step(
     in_k, in_v = kk < K, vv < V
     inside = in_k[:, None] & in_v[None, :]
     here = state + at * K * V + kk[:, None] * V + vv[None, :]
-    S = tl.load(here, mask=inside, other=0.0)  # written by the step before, whose end ended it
+    j = tl.arange(0, RP)
+    # U as (RP, KP): as (KP, RP) its layout came to S too, whose every vector was laid out twice
+    if low is not None:
+        row = (head * K + kk).to(tl.int64)
+        in_up = (j < RANK)[:, None] & in_k[None, :]
+        S = tl.load(here, mask=inside, other=0.0)
+        U = tl.load(up + row[None, :] * RANK + j[:, None], mask=in_up, other=0.0)
+        shift = tl.load(bias + row, mask=in_k, other=0.0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    # all loads, then what is done with them: a conversion holds up the loads behind it
+    if low is None:
+        S = tl.load(here, mask=inside, other=0.0)
+    else:
+        x = tl.load(low + n * low_row + j, mask=j < RANK, other=0.0)
+    q += n * q_row + head * R * K
+    Q = tl.load(q + kk, mask=in_k, other=0.0)
+    Y = tl.load(k + n * k_row + head * K + kk, mask=in_k, other=0.0)
+    W = tl.load(v + n * v_row + head * V + vv, mask=in_v, other=0.0)
     dtype = S.dtype
     if low is not None:
-        gates = _low_rank(low + n * low_row, up, bias, head, kk, in_k, c, K, RANK, RP)
-        S *= tl.exp(gates.to(dtype))[:, None]
+        logits = tl.sum(U.to(tl.float32) * x.to(tl.float32)[:, None], 0) + shift.to(tl.float32)
+        S *= tl.exp((log_sigma(logits) / c).to(dtype))[:, None]  # (3)
     if gk is not None:
         S *= tl.exp(tl.load(gk + at * K + kk, mask=in_k, other=0.0).to(dtype))[:, None]
     if gv is not None:
         S *= tl.exp(tl.load(gv + at * V + vv, mask=in_v, other=0.0).to(dtype))[None, :]
     if g is not None:
         S *= tl.exp(tl.load(g + (at if PER_TOKEN else head)).to(dtype))
-    Y = tl.load(k + n * k_row + head * K + kk, mask=in_k, other=0.0).to(dtype)
-    W = tl.load(v + n * v_row + head * V + vv, mask=in_v, other=0.0).to(dtype)
-    S += feature(Y, MAP)[:, None] * W[None, :]
-    tl.store(here, S, mask=inside)
+    S += feature(Y.to(dtype), MAP)[:, None] * W.to(dtype)[None, :]
     for r in tl.static_range(R):
-        hq = head * R + r
-        Q = feature(tl.load(q + n * q_row + hq * K + kk, mask=in_k, other=0.0).to(dtype), MAP)
-        out = scale * tl.sum(S * Q[:, None], 0)
+        if r > 0:
+            Q = tl.load(q + r * K + kk, mask=in_k, other=0.0)
+        out = scale * tl.sum(S * feature(Q.to(dtype), MAP)[:, None], 0)
         tl.store(o + (at * R + r) * V + vv, out, mask=in_v)
+    tl.store(here, S, mask=inside)
 
 
 class LowRank(NamedTuple):
@@ -141,7 +152,7 @@ def column_tile(programs: int, K: int, V: int) -> int:
 def gla_step_triton(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, *, gk: Tensor | None = None,
     gv: Tensor | None = None, g: Tensor | None = None, scale: float | None = None,
-    low_rank: LowRank | None = None, feature_map: str = "none",
+    low_rank: LowRank | None = None, feature_map: str = "none", ahead: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """`gla_step` in one launch; the arguments are taken to be right.
 
@@ -152,8 +163,9 @@ def gla_step_triton(
         state: S, (N, H, K, V), fp32 or fp64, contiguous; updated in place.
         gk, gv, g: log gates, (N, H, K), (N, H, V), and (N, H) or (H,).
         scale: factor on the read-out; K**-0.5 if None.
-        low_rank: what gk is made of, (3), in its place.
+        low_rank: what gk is made of, (3), in its place; the launch before does not write the state.
         feature_map: of q and k, (2): "none", "relu" or "swish".
+        ahead: weights of the launches to come, at most three; see `asking`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -170,10 +182,13 @@ def gla_step_triton(
     q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
     low, up, bias, c = low_rank or (None, None, None, 1.0)
     rank = 1 if up is None else up.shape[1]
-    _gla_step[(N * H * triton.cdiv(V, width),)](
+    programs = N * H * triton.cdiv(V, width)
+    more, weights = asking(N, ahead)
+    _gla_step[(programs + more,)](
         q, k, v, *_contiguous(gk, gv, g), low, up, bias, state, o,
         K**-0.5 if scale is None else scale, c,
         H, q.stride(0), k.stride(0), v.stride(0), 0 if low is None else low.stride(0),
+        programs, *weights,
         K=K, V=V, KP=triton.next_power_of_2(K), VB=width, R=HQ // H,
         PER_TOKEN=g is not None and g.dim() == 2, RANK=rank, RP=triton.next_power_of_2(rank),
         MAP=feature_map,

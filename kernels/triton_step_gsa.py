@@ -13,12 +13,20 @@ before (2) may begin, so one program takes a head, in tiles as large as its regi
 that leaves most of the chip idle, (1) is a launch whose programs cut K and leave their shares of
 the logits, and (2) one that adds them up and cuts V.
 
+In two launches the states are on their way before they wait: all launches have ended but the one
+just before (triton_rows.py). Sk is written by the first, one token ago, and the second came after
+it. The second waits for the first, which writes Sk and the shares alone; so v, a or s, g and Sv,
+written by the second one token ago, may be read at once, and (2) is done but for p when its wait
+ends. The one launch may follow itself on the same states, so it reads nothing before it has waited.
+
 Measured on an H100 inside a CUDA graph, 4 heads, K = V = 256, 64 slots, bf16: in one launch N = 1
 8.1 us, N = 64 25 us (67 MB; floor 22); in two N = 1 5.1 us.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the parameters of a kernel have no Python types)
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -27,10 +35,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from glactl.kernels.triton_edges import log_sigma
-from glactl.kernels.triton_rows import launch_options
+from glactl.kernels.triton_rows import ask, asking, launch_options
 from glactl.kernels.triton_step import feature, in_place, rows_apart
 
 TILE = 16384  # state elements a program of `_gsa_step` holds: 32 a thread
+SHARES = 4096  # logits of shares that a program of `_gsa_read` holds: 32 a thread
 FEW = 128  # heads of all sequences; below, a head is cut into programs
 
 
@@ -60,21 +69,24 @@ def _slots(s, g, at, g_at, m, in_m, c, LOGITS: tl.constexpr, dtype: tl.constexpr
 
 
 @triton.jit
+def _tile(state, row, column, rows, columns):
+    """Addresses of a tile of one head's state (rows, columns), and what of it is inside."""
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    return state + row[:, None] * columns + column[None, :], inside
+
+
+@triton.jit
 def _keys(
-    q, k, keys, w, decay, Z, kk, m, in_m, heads,
-    K: tl.constexpr, M: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr,
+    q, Q, Y, S, w, decay, Z, kk, heads, K: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr
 ):  # fmt: skip
-    """The rows kk of Sk of (1), and their share of the logits added to Z (RP, MP)."""
-    dtype: tl.constexpr = keys.dtype.element_ty
-    inside = (kk < K)[:, None] & in_m[None, :]
-    here = keys + kk[:, None] * M + m[None, :]
-    Y = feature(tl.load(k + kk, mask=kk < K, other=0.0).to(dtype), MAP)
-    S = tl.load(here, mask=inside, other=0.0) * decay[None, :] + Y[:, None] * w[None, :]
-    tl.store(here, S, mask=inside)
+    """(1) of the rows kk, S before, and their share of the logits added to Z (RP, MP); Q and Y are
+    what was read of the first query and of the key."""
+    S = S * decay[None, :] + feature(Y.to(S.dtype), MAP)[:, None] * w[None, :]
     for r in tl.static_range(R):
-        Q = feature(tl.load(q + r * K + kk, mask=kk < K, other=0.0).to(dtype), MAP)
-        Z += tl.where(heads == r, tl.sum(S * Q[:, None], 0)[None, :], 0.0)
-    return Z
+        if r > 0:
+            Q = tl.load(q + r * K + kk, mask=kk < K, other=0.0)
+        Z += tl.where(heads == r, tl.sum(S * feature(Q.to(S.dtype), MAP)[:, None], 0)[None, :], 0.0)
+    return S, Z
 
 
 @triton.jit
@@ -85,17 +97,15 @@ def _softmax(Z, in_m, scale):
 
 
 @triton.jit
-def _values(
-    v, values, o, w, decay, Z, vv, m, in_m, heads,
-    V: tl.constexpr, R: tl.constexpr, MAP: tl.constexpr,
-):  # fmt: skip
-    """(2) for the columns vv, p in Z (RP, MP)."""
-    dtype: tl.constexpr = values.dtype.element_ty
-    inside = in_m[:, None] & (vv < V)[None, :]
-    here = values + m[:, None] * V + vv[None, :]
-    W = feature(tl.load(v + vv, mask=vv < V, other=0.0).to(dtype), MAP)
-    S = tl.load(here, mask=inside, other=0.0) * decay[:, None] + w[:, None] * W[None, :]
-    tl.store(here, S, mask=inside)
+def _values(v, S, w, decay, vv, V: tl.constexpr, MAP: tl.constexpr):
+    """Sv of (2) for the columns vv, S before."""
+    W = feature(tl.load(v + vv, mask=vv < V, other=0.0).to(S.dtype), MAP)
+    return S * decay[:, None] + w[:, None] * W[None, :]
+
+
+@triton.jit
+def _read(o, S, Z, vv, heads, V: tl.constexpr, R: tl.constexpr):
+    """o of (2) for the columns vv of S, p in Z (RP, MP)."""
     for r in tl.static_range(R):
         p = tl.sum(tl.where(heads == r, Z, 0.0), 0)
         tl.store(o + r * V + vv, tl.sum(S * p[:, None], 0), mask=vv < V)
@@ -118,36 +128,46 @@ def _gsa_step(
     m = tl.arange(0, MP)
     heads = tl.arange(0, RP)[:, None]
     in_m = m < M
+    q += n * q_row + head * R * K
+    k += n * k_row + head * K
     keys += at * K * M
     values += at * M * V
     w, decay = _slots(s, g, at * M, n * g_row + head * M, m, in_m, c, LOGITS, keys.dtype.element_ty)
     Z = tl.zeros((RP, MP), keys.dtype.element_ty)
     for start in range(0, K, KB):
-        Z = _keys(
-            q + n * q_row + head * R * K, k + n * k_row + head * K, keys, w, decay, Z,
-            start + tl.arange(0, KB), m, in_m, heads, K, M, R, MAP,
-        )  # fmt: skip
+        kk = start + tl.arange(0, KB)
+        here, inside = _tile(keys, kk, m, K, M)
+        Q = tl.load(q + kk, mask=kk < K, other=0.0)
+        Y = tl.load(k + kk, mask=kk < K, other=0.0)
+        S = tl.load(here, mask=inside, other=0.0)
+        S, Z = _keys(q, Q, Y, S, w, decay, Z, kk, heads, K, R, MAP)
+        tl.store(here, S, mask=inside)
     Z = _softmax(Z, in_m, scale)
     for start in range(0, V, VB):
-        _values(
-            v + n * v_row + head * V, values, o + at * R * V, w, decay, Z,
-            start + tl.arange(0, VB), m, in_m, heads, V, R, MAP,
-        )  # fmt: skip
+        vv = start + tl.arange(0, VB)
+        here, inside = _tile(values, m, vv, M, V)
+        S = tl.load(here, mask=inside, other=0.0)
+        S = _values(v + n * v_row + head * V, S, w, decay, vv, V, MAP)
+        tl.store(here, S, mask=inside)
+        _read(o + at * R * V, S, Z, vv, heads, V, R)
 
 
 @triton.jit
 def _gsa_logits(
     q, k, s, g, keys, part, c,
-    H, q_row, k_row, g_row,
+    H, q_row, k_row, g_row, programs,
+    ahead_a, ahead_b, ahead_c, in_a, in_b, in_c,
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, KB: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr,
     LOGITS: tl.constexpr, MAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(1) for one sequence, head and KB rows: shares of the logits into part (.., RP, MP)."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+    """(1) for one sequence, head and KB rows: shares of the logits into part (.., RP, MP). The
+    programs beyond `programs` ask for weights."""
     pid = tl.program_id(0).to(tl.int64)
+    if ahead_a is not None:  # noqa: SIM102 (a constant, which decides what is compiled)
+        if pid >= programs:
+            ask(pid - programs, ahead_a, ahead_b, ahead_c, in_a, in_b, in_c, EARLY)
+            return
     NK = tl.cdiv(K, KB)
     at = pid // NK
     n, head = at // H, at % H
@@ -155,12 +175,20 @@ def _gsa_logits(
     heads = tl.arange(0, RP)[:, None]
     in_m = m < M
     dtype: tl.constexpr = keys.dtype.element_ty
+    kk = (pid % NK) * KB + tl.arange(0, KB)
+    here, inside = _tile(keys + at * K * M, kk, m, K, M)
+    S = tl.load(here, mask=inside, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    # all loads, then what is done with them, so that one wait is for all
+    q += n * q_row + head * R * K
+    Q = tl.load(q + kk, mask=kk < K, other=0.0)
+    Y = tl.load(k + n * k_row + head * K + kk, mask=kk < K, other=0.0)
     w, decay = _slots(s, g, at * M, n * g_row + head * M, m, in_m, c, LOGITS, dtype)
-    Z = _keys(
-        q + n * q_row + head * R * K, k + n * k_row + head * K, keys + at * K * M, w, decay,
-        tl.zeros((RP, MP), dtype), (pid % NK) * KB + tl.arange(0, KB), m, in_m, heads, K, M, R, MAP,
-    )  # fmt: skip
+    S, Z = _keys(q, Q, Y, S, w, decay, tl.zeros((RP, MP), dtype), kk, heads, K, R, MAP)
     tl.store(part + pid * RP * MP + heads * MP + m[None, :], Z)
+    tl.store(here, S, mask=inside)
 
 
 @triton.jit
@@ -168,13 +196,10 @@ def _gsa_read(
     v, s, g, values, part, o, scale, c,
     H, v_row, g_row,
     V: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, VB: tl.constexpr, NK: tl.constexpr,
-    R: tl.constexpr, RP: tl.constexpr,
+    NB: tl.constexpr, R: tl.constexpr, RP: tl.constexpr,
     LOGITS: tl.constexpr, MAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(2) for one sequence, head and VB columns, the logits' NK shares in part."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
+    """(2) for one sequence, head and VB columns, the logits' NK shares in part, NB read at once."""
     pid = tl.program_id(0).to(tl.int64)
     NV = tl.cdiv(V, VB)
     at = pid // NV
@@ -183,20 +208,27 @@ def _gsa_read(
     heads = tl.arange(0, RP)[:, None]
     in_m = m < M
     dtype: tl.constexpr = values.dtype.element_ty
+    vv = (pid % NV) * VB + tl.arange(0, VB)
+    here, inside = _tile(values + at * M * V, m, vv, M, V)
+    S = tl.load(here, mask=inside, other=0.0)
     w, decay = _slots(s, g, at * M, n * g_row + head * M, m, in_m, c, LOGITS, dtype)
+    S = _values(v + n * v_row + head * V, S, w, decay, vv, V, MAP)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     Z = tl.zeros((RP, MP), dtype)
-    for share in tl.static_range(NK):
-        Z += tl.load(part + (at * NK + share) * RP * MP + heads * MP + m[None, :])
-    _values(
-        v + n * v_row + head * V, values + at * M * V, o + at * R * V, w, decay,
-        _softmax(Z, in_m, scale), (pid % NV) * VB + tl.arange(0, VB), m, in_m, heads, V, R, MAP,
-    )  # fmt: skip
+    for first in tl.static_range(0, NK, NB):
+        share = first + tl.arange(0, NB)[:, None, None]
+        here_z = part + (at * NK + share) * RP * MP + heads[None, :, :] * MP + m[None, None, :]
+        Z += tl.sum(tl.load(here_z, mask=share < NK, other=0.0), 0)
+    _read(o + at * R * V, S, _softmax(Z, in_m, scale), vv, heads, V, R)
+    tl.store(here, S, mask=inside)
 
 
 def gsa_step_triton(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor | None,
     state: tuple[Tensor, Tensor], *, scale: float = 1.0, normalizer: float | None = None,
-    feature_map: str = "none",
+    feature_map: str = "none", ahead: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
     """`gsa_step` in one launch, or in two where heads are few; the arguments are taken to be right.
 
@@ -210,6 +242,7 @@ def gsa_step_triton(
         scale: factor on the logits of the softmax.
         normalizer: c of (4), g being logits; None: g is log gates.
         feature_map: of q, k and v, (3): "none", "relu" or "swish".
+        ahead: weights of the launches to come, at most three; see `asking`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -245,10 +278,15 @@ def gsa_step_triton(
     KB, VB = (max(8, triton.next_power_of_2(triton.cdiv(x, cut))) for x in (K, V))
     NK = triton.cdiv(K, KB)
     part = torch.empty(N * H * NK, shared["RP"], slots, dtype=Sk.dtype, device=q.device)
-    _gsa_logits[(N * H * NK,)](
-        q, k, s, g, Sk, part, c, H, rows[0], rows[1], g_row, K=K, KB=KB, num_warps=4, **shared
-    )
+    programs = N * H * NK
+    more, weights = asking(N, ahead)
+    _gsa_logits[(programs + more,)](
+        q, k, s, g, Sk, part, c, H, rows[0], rows[1], g_row, programs, *weights,
+        K=K, KB=KB, num_warps=4, **shared,
+    )  # fmt: skip
+    together = min(triton.next_power_of_2(NK), max(1, SHARES // (shared["RP"] * slots)))
     _gsa_read[(N * H * triton.cdiv(V, VB),)](
-        v, s, g, Sv, part, o, scale, c, H, rows[2], g_row, V=V, VB=VB, NK=NK, num_warps=4, **shared
-    )
+        v, s, g, Sv, part, o, scale, c, H, rows[2], g_row,
+        V=V, VB=VB, NK=NK, NB=together, num_warps=4, **shared,
+    )  # fmt: skip
     return o

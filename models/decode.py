@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glactl.models.greedy import Greedy
 from glactl.models.joined import Joined
 from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState
@@ -68,7 +69,8 @@ def prefill(
     for first in range(0, len(tokens), piece):
         part = tokens[first : first + piece]
         bounds = (ends - first).clamp(0, len(part))
-        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens=bounds)
+        cu_seqlens = bounds if len(prompts) > 1 else None  # one row needs no bounds
+        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens)
         # forward adds up the longest of every piece, whose rows need not be the same
         state.longest = before + int((ends[1:].clamp(max=first + len(part)) - ends[:-1]).max())
         last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
@@ -175,11 +177,12 @@ class Stepper:
         | norm, output gate, out, residual                 | 1             | 2             |
         | norm; gate, up, silu, product                    | 1             | 3             |
         | down, residual                                   | 1             | 1             |
-        | all                                              | GLA 5, GSA 6  | 9             |
+        | all of a layer                                   | GLA 5, GSA 6  | 9             |
+        | once: last norm, head, greedy draw, embedding    | 2             | as they come  |
 
-    Other mixers, norms and channel mixers launch what their `step` does. Around the layers are the
-    embedding, the last norm, the head, the draw (one kernel if greedy), the count of places and
-    four for x and u.
+    Other mixers, norms and channel mixers launch what their `step` does. The 2 are of draws that
+    `Greedy` takes; else the embedding, the last norm, the head, the draw (one kernel if greedy),
+    the count of places and four for x and u come one by one.
 
     Args:
         lm: the model, in evaluation mode.
@@ -219,13 +222,18 @@ class Stepper:
         self._made = torch.zeros(N, block, device=device, dtype=torch.int64)
         self._slot = torch.zeros(1, device=device, dtype=torch.int64)
         self._graph = Graph(device) if self.captured else None
+        self._greedy = None
+        if joined and Greedy.takes(lm, sampler.sampling, N):
+            buffers = self._token, state.position, self._made, self._slot
+            self._greedy = Greedy(lm, *buffers, vocab)
 
     @torch.inference_mode()
     def run(self, n: int) -> list[list[int]]:
         """Take n steps, at most `block`; returns n lists of the N tokens. Waits for the device."""
         state = self.state
-        place = state.position[:, None] + torch.arange(1, n + 1, device=self._u.device)
-        self._u[:, :n] = self.sampler.uniform(place)
+        if self._greedy is None:
+            place = state.position[:, None] + torch.arange(1, n + 1, device=self._u.device)
+            self._u[:, :n] = self.sampler.uniform(place)
         self._slot.zero_()
         self.room -= n
         for _ in range(n):
@@ -255,6 +263,9 @@ class Stepper:
         if self._most is not None:
             self.state.longest = self._most - 1
         with self._joined:
+            if self._greedy is not None:
+                self._greedy(self.state)
+                return
             hidden = (self.read or self.lm.step)(self._token, self.state)
         u = self._u.index_select(1, self._slot).squeeze(1)
         token = self.sampler.draw(self.lm.logits(hidden)[:, : self.vocab], u)  # (1)
@@ -264,16 +275,16 @@ class Stepper:
 
 
 class Graph:
-    """A call without arguments, done WARM times as it is, then captured once and replayed.
+    """A call without arguments, done `warm` times as it is, then captured once and replayed.
 
     All that it reads and writes must stay where it is. The call is not kept, which would keep its
     owner, and all the memory of this graph, until Python looks for cycles.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, warm: int = WARM) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)
-        self._left = WARM
+        self._left = warm
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, call: Callable[[], None]) -> None:

@@ -73,6 +73,11 @@ class Sampling:
                 f"repetition_penalty is {self.repetition_penalty}; allowed: more than 0"
             )
 
+    @property
+    def largest(self) -> bool:
+        """Whether the token is that of the largest logit, whatever was read before and u is."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
 
 class Sampler:
     """Draws the next token of each of N rows.

@@ -22,6 +22,7 @@ released code, where the paper writes LayerNorm. The paper does not say how its 
 made; (5) is (2) with a product of full rank.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -133,9 +134,11 @@ class GLA(base.Linear):
             return []
         return [self.q, self.k, self.v, self.gate_down, self.r]
 
-    def joined_step(self, h: Tensor, norm: RMSNorm, state: State) -> Tensor | None:
+    def joined_step(
+        self, h: Tensor, norm: RMSNorm, state: State, ahead: Sequence[Tensor] = ()
+    ) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm, in three launches; None where nothing is
-        joined. `state` is updated in place."""
+        joined. `state` is updated in place; the launches behind it read the weights `ahead`."""
         matrix = whole(self.q)
         if matrix is None:
             return None
@@ -149,8 +152,9 @@ class GLA(base.Linear):
             "state": state["s"],
         }
         o = gla_step_rows(
-            q, k, v, low, **gate, normalizer=self.normalizer, feature_map=self.feature_map
-        )  # (1) to (3)
+            q, k, v, low, **gate, normalizer=self.normalizer, feature_map=self.feature_map,
+            ahead=[self.out.weight, *ahead],
+        )  # (1) to (3)  # fmt: skip
         n: dict[str, Any] = {"norm": self.norm.weight, "eps": self.norm.eps, "groups": self.heads}
         return product_rows(o.flatten(1), self.out.weight, **n, gate=r, residual=h)  # (4)
 

@@ -1,6 +1,7 @@
 """The specs of the runs on a corpus, and benchmarks/corpus.py, which trains and collects them."""
 
 import argparse
+import fcntl
 import importlib.util
 import json
 import signal
@@ -154,6 +155,39 @@ def test_runs_of_two_machines_are_not_mixed(script, tmp_path):
     args.commit = "b"
     with pytest.raises(SystemExit, match="use another --out"):
         script.devices_of(args)
+
+
+def job(script, out, *sets):
+    (out / "logs").mkdir()
+    return script.Job("one", ROOT / "specs" / "corpus_gla.yaml", ("name=one", *sets), out)
+
+
+def saved(path):
+    (path / "checkpoints" / "step-2").mkdir()
+    (path / "checkpoints" / "step-2" / "COMMITTED").touch()
+
+
+def test_a_run_begins_or_goes_on_where_its_folder_is(script, tmp_path):
+    wanted = job(script, tmp_path, "data.path=absent", "train.steps=4", *TINY[:4], "seed=1")
+    saved(written(tmp_path, "one", []))  # of another seed
+    assert "--resume" not in wanted.command
+    path = written(tmp_path, "one", ["seed=1"])
+    assert "--resume" not in wanted.command  # there is no checkpoint to go on from
+    saved(path)
+    assert wanted.command[-2:] == [str(path), "--resume"]
+
+
+def test_a_run_that_fails_is_told(script, tmp_path, capsys):
+    assert script.train([job(script, tmp_path, "data.path=absent")], [""]) == 1
+    assert "exit code 2: error: no prepared data at absent" in capsys.readouterr().out
+
+
+def test_a_run_is_trained_by_one_process(script, tmp_path):
+    wanted = job(script, tmp_path)
+    with wanted.log.open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        with pytest.raises(SystemExit, match="another process"):
+            script.start(wanted, "")
 
 
 def test_floors_are_those_of_the_text(script, corpus):

@@ -40,6 +40,8 @@ for module in [importlib.import_module("glactl.kernels." + m) for m in modules]:
 def compile_for(cc, fn, args, kwargs):
     options = {k: v for k, v in kwargs.items() if k in ("num_warps", "num_stages", "maxnreg")}
     consts = {k: v for k, v in kwargs.items() if k not in options}
+    if "EARLY" in consts:  # as the launchers have it on such a device
+        consts["EARLY"] = cc >= 90
     types = {}
     for name, value in zip(fn.arg_names, args):
         if value is None:
@@ -107,22 +109,32 @@ engine.backward(p, o, None, kept, False)
     "step": (
         "triton_step,triton_step_gsa",
         """
-from glactl.kernels.triton_step import gla_step_triton
+from glactl.kernels.triton_step import LowRank, gla_step_triton
 from glactl.kernels.triton_step_gsa import gsa_step_triton
+ahead = [torch.empty(R, 4 * V, dtype=row) for R in (4 * V, 24 * V, 12 * V)]
+up = torch.empty(4 * K, 16, dtype=row), torch.empty(4 * K, dtype=row)
 for N in (1, 64):
     new = lambda *shape: torch.empty(N, 4, *shape)
     one = lambda width: new(width).bfloat16()
     gla_step_triton(one(K), one(K), one(V), new(K, V), gk=one(K))
-    gsa_step_triton(one(K), one(K), one(V), None, one(64), (new(K, 64), new(64, V)))
+    low = LowRank(new(16)[:, 0].bfloat16(), *up, 16.0)
+    gla_step_triton(one(K), one(K), one(V), new(K, V), low_rank=low, ahead=ahead)
+    states = new(K, 64), new(64, V)
+    gsa_step_triton(one(K), one(K), one(V), None, one(64), states)
+    gsa_step_triton(one(K), one(K), one(V), None, one(64), states, normalizer=8.0, ahead=ahead)
 """,
         "_gla_step _gsa_step _gsa_logits _gsa_read",
     ),
     "rows": (
         "triton_rows",
         """
-from glactl.kernels.triton_rows import product_rows_triton
+from glactl.kernels.rows import Next
+from glactl.kernels.triton_rows import greedy_rows_triton, product_rows_triton
 d, hidden = 4 * V, 12 * V
 new = lambda *shape: torch.empty(*shape, dtype=row)
+whole = lambda *shape: torch.empty(*shape, dtype=torch.int64)
+into = Next(whole(1), whole(1, 16), whole(1), whole(1), new(1, d))
+greedy_rows_triton(new(1, d), new(32000, d), new(d), 1e-5, new(32000, d), 1.0, into)
 for N in (1, 64):
     x, w, z = new(N, d), new(d), new(N, d)
     product_rows_triton(x, new(3 * d + 16, d), w, 1e-5, 1, None, False, False, None)
@@ -131,7 +143,7 @@ for N in (1, 64):
     product_rows_triton(x, new(2 * hidden, d), w, 1e-5, 1, None, False, True, None)
     product_rows_triton(new(N, hidden), new(d, hidden), None, 0.0, 1, None, False, False, x)
 """,
-        "_one _prepare _pair",
+        "_one _prepare _pair _take",
     ),
     "scan": (
         "triton_scan_forward,triton_scan_backward",

@@ -7,8 +7,18 @@ import torch
 from oracle import CUDA, DEVICE
 
 pytest.importorskip("triton")
-from glactl.kernels.rows import product_rows, product_rows_reference
-from glactl.kernels.triton_rows import product_rows_triton
+import triton
+import triton.language as tl
+
+from glactl.kernels import triton_rows
+from glactl.kernels.rows import Next, greedy_rows, product_rows, product_rows_reference
+from glactl.kernels.triton_rows import (
+    _asked,
+    _rank,
+    asking,
+    greedy_rows_triton,
+    product_rows_triton,
+)
 
 pytestmark = pytest.mark.skipif(
     not CUDA and os.environ.get("TRITON_INTERPRET") != "1", reason="needs CUDA or TRITON_INTERPRET"
@@ -85,6 +95,140 @@ def test_entries_that_lie_apart_are_refused() -> None:
         product_rows_triton(
             x, torch.zeros(4, 8, device=DEVICE), None, 0, 1, None, False, False, None
         )
+
+
+def greedy(
+    x: torch.Tensor, W: torch.Tensor, E: torch.Tensor, norm: torch.Tensor, eps: float, slot: int
+) -> Next:
+    """What the end of a greedy step leaves behind: by the kernels, in fp64 by the definition."""
+    whole = lambda *values: torch.tensor(values, device=x.device)  # noqa: E731
+    into = Next(whole(-1), whole([-1] * 4), whole(slot), whole(7), torch.full_like(x, torch.nan))
+    if x.dtype == torch.float64:
+        greedy_rows(x, W, norm=norm, eps=eps, embedding=E, scale=0.5, into=into)
+    else:
+        greedy_rows_triton(x, W, norm, eps, E, 0.5, into)
+    return into
+
+
+def taken(z: torch.Tensor) -> int:
+    """The token of these logits: of width 1, the norm of 1 is 1."""
+    one = torch.ones(1, 1, device=DEVICE, dtype=z.dtype)
+    return int(greedy(one, z[:, None], z[:, None], one[0], 0.0, 0).token)
+
+
+INF, NAN = float("inf"), float("nan")
+LOGITS = {
+    "largest": [3.0, -1.0, 4.0, 1.0, -5.0, 9.0, 2.0],
+    "last": [0.0] * 20 + [1e-30],
+    "below 0": [-3.0, -1.0, -4.0, -1.5],
+    "first of equals": [1.0, 2.0, 0.0, 2.0, 2.0, -2.0] + [2.0] * 20,
+    "signs of 0": [-1.0, -0.0, 0.0, -0.0],
+    "all -inf": [-INF] * 9,
+    "inf": [5.0, -INF, INF, 1.0, INF],
+    "nan": [5.0, -INF, INF, NAN, 7.0, NAN],
+    "nan alone": [NAN] * 3,
+}
+
+
+@pytest.mark.parametrize("ranks", [4, 4096])
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("name", LOGITS)
+def test_the_first_of_the_largest_is_taken(
+    name: str, rows: int, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As argmax takes it, however rows are cut into programs; -NaN is a NaN."""
+    monkeypatch.setattr(triton_rows, "_rows_of_one", lambda *_: (rows, 4))
+    monkeypatch.setattr(triton_rows, "RANKS", ranks)
+    z = torch.tensor(LOGITS[name], device=DEVICE)
+    assert taken(z) == int(z.cpu().argmax())
+    assert taken(torch.where(z.isnan(), -z.abs(), z)) == int(z.cpu().argmax())
+
+
+@triton.jit
+def _ranks(to, z, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(to + i, _rank(tl.load(z + i), i))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_ranks_order_numbers_and_equals_by_their_place(dtype: torch.dtype) -> None:
+    z = [0.0, -0.0, 1.0, -1.0, -0.0, INF, NAN, -INF, 6e-8, -6e-8, 1.0, -NAN, 0.0, INF, -2.0, 3.0]
+    found = torch.zeros(16, dtype=torch.int64, device=DEVICE)
+    _ranks[(1,)](found, torch.tensor(z, device=DEVICE, dtype=dtype), N=16)
+    largest = sorted(range(16), key=lambda i: (z[i] == z[i], -z[i] if z[i] == z[i] else 0, i))
+    assert found.argsort(descending=True).tolist() == largest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_compared_in_their_type(dtype: torch.dtype) -> None:
+    """1 and 1.001, which are one number in bf16."""
+    x, norm = torch.ones(1, 2, device=DEVICE, dtype=dtype), torch.ones(2, device=DEVICE).to(dtype)
+    W = torch.tensor([[0.0, 0.5], [1.0, 0.0], [1.0, 1e-3]], device=DEVICE).to(dtype)
+    assert greedy(x, W, W, norm, 0.0, 0).token.item() == (1 if dtype == torch.bfloat16 else 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_end_of_a_greedy_step(dtype: torch.dtype) -> None:
+    """By the kernels, and by the definition."""
+    g = torch.Generator().manual_seed(0)
+    x, norm, W, E = (
+        torch.randn(*s, generator=g).to(dtype) for s in ((1, 20), (20,), (33, 20), (40, 20))
+    )
+    z = product_rows_reference(x.double(), W.double(), norm=norm.double(), eps=1e-5)
+    j = int(z.argmax())
+    device = DEVICE if dtype == torch.float32 else "cpu"
+    into = greedy(*(t.to(device) for t in (x, W, E, norm)), 1e-5, 2)
+    assert into.token.tolist() == [j]
+    assert into.made.tolist() == [[-1, -1, j, -1]]
+    assert (into.slot.tolist(), into.position.tolist()) == ([3], [8])
+    assert torch.equal(into.h.cpu(), 0.5 * E[j][None])
+
+
+@triton.jit
+def _addresses(to, a, b, c, in_a, in_b, in_c, N: tl.constexpr):
+    i = tl.arange(0, N)
+    tl.store(to + i, _asked(i.to(tl.int64), a, b, c, in_a, in_b, in_c))
+
+
+@pytest.mark.parametrize("sizes", [(3072,), (1024, 2048), (2048, 5120, 1536)], ids=str)
+def test_weights_are_asked_for_piece_by_piece_in_their_order(sizes: tuple[int, ...]) -> None:
+    """And what is no whole piece is not."""
+    ahead = [torch.zeros(size // 2, dtype=torch.bfloat16, device=DEVICE) for size in sizes]
+    programs, arguments = asking(1, ahead)
+    found = torch.zeros(16, dtype=torch.int64, device=DEVICE)
+    _addresses[(1,)](found, *arguments, N=16)
+    expected = [w.data_ptr() + 1024 * i for w in ahead for i in range(w.nbytes // 1024)]
+    assert found.tolist() == expected + [expected[-1]] * (16 - len(expected))
+    assert programs == 1
+
+
+def test_what_is_asked_for_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_rows, "AHEAD", 200 * 1024)
+    w = torch.zeros(160, 512, dtype=torch.bfloat16, device=DEVICE)
+    first = w[:1]
+    assert asking(1, [w, w]) == (2, [w, w, None, 160, 40, 0])
+    assert asking(1, [w, w, w]) == (2, [w, w, None, 160, 40, 0])
+    nothing = 0, [None, None, None, 0, 0, 0]
+    assert asking(2, [w]) == nothing  # rows whose states keep memory busy
+    assert asking(1, []) == nothing
+    assert asking(1, [w.T, w.flatten()[1:]]) == nothing  # in parts; at an odd address
+    assert asking(1, [w.T, first]) == (1, [first, None, None, 1, 0, 0])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("R", "K"), [(32000, 1024), (50257, 2048), (11, 40)])
+def test_gpu_takes_the_largest(R: int, K: int, dtype: torch.dtype) -> None:
+    """To the error of both logits, of `check`."""
+    x, W, options = inputs((1, R, K, {"norm": True}), dtype)
+    into = greedy(x.contiguous(), W, W, options["norm"], 1e-5, 0)
+    wide = (t.double() for t in (x, W, options["norm"]))
+    z = product_rows_reference(next(wide), next(wide), norm=next(wide), eps=1e-5)[0]
+    j = int(into.token)
+    error = 4 * torch.finfo(dtype).eps + K**0.5 * torch.finfo(torch.float32).eps
+    assert z.max() - z[j] <= 2 * error * z.abs().max()
+    assert torch.equal(into.h[0], 0.5 * W[j])
 
 
 @pytest.mark.gpu

@@ -114,6 +114,13 @@ def test_gsa_step_in_one_launch(monkeypatch, tile: int) -> None:
     check_gsa(1, 1, 2, 20, 28, 16, "tied", torch.float32)
 
 
+@pytest.mark.parametrize("shares", [1, 64, 4096])
+def test_shares_of_logits_are_read_in_parts(monkeypatch, shares: int) -> None:
+    """Five of them, one or four at once or all."""
+    monkeypatch.setattr("glactl.kernels.triton_step_gsa.SHARES", shares)
+    check_gsa(1, 2, 2, 36, 12, 7, "tied", torch.float32)
+
+
 FEATURES = {"none": lambda x: x, "relu": torch.relu, "swish": torch.nn.functional.silu}
 
 
@@ -151,6 +158,26 @@ def test_gsa_step_makes_its_gate_and_features(monkeypatch, feature_map: str, few
     assert_close(o, truth[0], D + M, "o")
     assert_close(state[0], truth[1], 3, "Sk")
     assert_close(state[1], truth[2], 3, "Sv")
+
+
+@pytest.mark.parametrize("mixer", ["gla", "gsa"])
+def test_programs_that_ask_for_weights_change_nothing(mixer: str) -> None:
+    H, D, M, rank = 2, 12, 6, 5
+    q, k, v = (make(1, H, D, seed=i) for i in range(3))
+    ahead = [make(300, 512, seed=3), make(3, 256, seed=4)]
+    kept = [w.clone() for w in ahead]
+    low = LowRank(make(1, rank, seed=5), make(H * D, rank, seed=6), make(H * D, seed=7), 16.0)
+    results = []
+    for weights in ([], ahead):
+        S, Sk, Sv = (make(1, H, *s, seed=8) for s in ((D, D), (D, M), (M, D)))
+        if mixer == "gla":
+            o = gla_step_triton(q, k, v, S, low_rank=low, ahead=weights)
+        else:
+            a = make(1, H, M, seed=9)
+            o = gsa_step_triton(q, k, v, None, a, (Sk, Sv), normalizer=8.0, ahead=weights)
+        results.append((o, S, Sk, Sv))
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(ahead, kept, strict=True))
 
 
 def test_small_gates_keep_the_digits_of_the_write_strength() -> None:
@@ -194,6 +221,26 @@ def test_gpu_gla_step(shape, gate: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["tied", "given", "no decay"])
 def test_gpu_gsa_step(shape, kind: str, dtype: torch.dtype) -> None:
     check_gsa(*shape, kind, dtype)
+
+
+@gpu
+@needs_cuda
+def test_steps_that_follow_each_other_on_one_state() -> None:
+    """Each begins while the one before is at work on the state that both update."""
+    q, k, v, g = (make(1, 4, 256, seed=i) for i in range(4))
+    g, g_slots = -g.abs() / 16, -make(1, 4, 64, seed=4).abs() / 16
+    S, Sk, Sv = (make(1, 4, *s, seed=5) for s in ((256, 256), (256, 64), (64, 256)))
+    truth, slots = S.double(), [Sk.double(), Sv.double()]
+    for _ in range(50):
+        truth = gla_definition(*(x.double() for x in (q, k, v)), truth, g.double())[1]
+        xs = [x.double() for x in (q, k, v)]
+        slots = gsa_definition(*xs, None, g_slots.double(), *slots, 1.0)[1:]
+    for _ in range(50):
+        gla_step_triton(q, k, v, S, gk=g)
+    for _ in range(50):
+        gsa_step_triton(q, k, v, None, g_slots, (Sk, Sv))
+    for name, ours, expected in (("S", S, truth), ("Sk", Sk, slots[0]), ("Sv", Sv, slots[1])):
+        assert_close(ours, expected, 100, name)
 
 
 @gpu

@@ -1,3 +1,4 @@
+import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -7,8 +8,9 @@ import torch
 
 from glactl.models import decode as decoding
 from glactl.models.decode import Stepper, decode, prefill
+from glactl.models.greedy import Greedy
 from glactl.models.joined import Joined
-from glactl.models.lm import LMSpec, build_lm
+from glactl.models.lm import LM, LMSpec, build_lm
 from glactl.models.sampling import Sampler, Sampling
 
 VOCAB = 23
@@ -169,10 +171,81 @@ def test_joined_products_are_the_products(mixer, rows, monkeypatch):
     assert not any(hasattr(module, "joined") for module in lm.modules())
 
 
+@pytest.mark.parametrize("ffn", ["swiglu", "none"])
+@pytest.mark.parametrize("mixer", ["gla", "gsa"])
+def test_a_step_is_told_of_the_weights_behind_it(mixer, ffn, monkeypatch):
+    """out, gate and up as one, down; in the order in which they are read."""
+    spec = LMSpec(d_model=16, n_layers=1, mixer=mixer, vocab_size=VOCAB, ffn=ffn)
+    lm, seen = build_lm(spec, 0, dtype=torch.float64).eval(), []
+    module = importlib.import_module(f"glactl.models.mixers.{mixer}")
+    step = getattr(module, f"{mixer}_step_rows")
+
+    def told(*arguments, ahead, **options):
+        seen.extend((w.data_ptr(), w.shape) for w in ahead)
+        return step(*arguments, **options)
+
+    monkeypatch.setattr(module, f"{mixer}_step_rows", told)
+    with Joined(lm):
+        lm.step(torch.tensor([3]), lm.initial_state(1))
+    block = lm.blocks[0]
+    expected = [(block.mixer.out.weight.data_ptr(), (16, 16))]
+    if ffn == "swiglu":
+        hidden = block.ffn.gate.out_features
+        expected.append((block.ffn.gate.weight.data_ptr(), (2 * hidden, 16)))
+        expected.append((block.ffn.down.weight.data_ptr(), (16, hidden)))
+    assert seen == expected
+
+
+GREEDY = {"d_model": 16, "n_layers": 2, "mixer": "gsa", "vocab_size": VOCAB, "init_std": 0.6}
+
+
+@pytest.mark.parametrize("vocab", [None, 9])
 @pytest.mark.parametrize(
-    ("mixer", "captured"), [("attention", False), ("attention", True), ("gla", True)]
+    "more", [{}, {"embedding_scale": 3.0, "tie_embeddings": True}, {"mixer": "attention"}], ids=str
 )
-def test_a_compiled_step_is_compiled_once(mixer, captured, monkeypatch):
+def test_a_greedy_row_ends_its_steps_by_itself(more, vocab, monkeypatch):
+    """And makes the tokens that it makes with others, or where steps are not captured."""
+    lm = build_lm(LMSpec.model_validate(GREEDY | more), 7, dtype=torch.float64).eval()
+    monkeypatch.setattr(decoding, "Graph", Replayed)
+    made = []
+    for captured in (False, True):
+        monkeypatch.setattr(decoding, "captures", lambda device, captured=captured: captured)
+        if captured:
+            monkeypatch.setattr(LM, "step", None)  # is not called
+        hidden, state = prefill(lm, [[1, 4, 1]])
+        with torch.inference_mode():
+            sampler = Sampler(Sampling(), [0]).start(hidden.device, VOCAB)
+            first = sampler.draw(lm.logits(hidden)[:, :vocab], sampler.uniform(state.position))
+        stepper = Stepper(lm, first, state, sampler, 30, vocab, block=4)
+        made.append([stepper.run(n) for n in (4, 1, 3, 4)])
+        assert state.position.tolist() == [15]
+        assert state.longest == 15
+        made[-1].append(stepper.keep([0]).run(4))
+    assert made[0] == made[1]
+    assert len({token for part in made[0] for (token,) in part}) > 2
+
+
+@pytest.mark.parametrize(
+    ("more", "sampling", "rows"),
+    [
+        ({}, Sampling(), 2),
+        ({}, Sampling(1.0), 1),
+        ({}, Sampling(repetition_penalty=1.5), 1),
+        ({"norm": "layernorm"}, Sampling(), 1),
+        ({"positions": "learned", "max_len": 40}, Sampling(), 1),
+    ],
+    ids=str,
+)
+def test_what_else_is_not_a_greedy_row(more, sampling, rows):
+    assert Greedy.takes(build_lm(LMSpec.model_validate(GREEDY), 0), Sampling(top_k=3), 1)
+    assert not Greedy.takes(build_lm(LMSpec.model_validate(GREEDY | more), 0), sampling, rows)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "captured", "temperature"),
+    [("attention", False, 1.0), ("attention", True, 1.0), ("gla", True, 1.0), ("gla", True, 0.0)],
+)
+def test_a_compiled_step_is_compiled_once(mixer, captured, temperature, monkeypatch):
     """Captured or not: the longest row, which the host counts, is no part of the graph."""
     torch.compiler.reset()
     spec = LMSpec(d_model=16, n_layers=2, mixer=mixer, vocab_size=VOCAB, init_std=0.3)
@@ -189,7 +262,7 @@ def test_a_compiled_step_is_compiled_once(mixer, captured, monkeypatch):
     for read in (None, torch.compile(lm.step, backend=backend, fullgraph=True, dynamic=False)):
         hidden, state = prefill(lm, [[1, 2, 3]])
         with torch.inference_mode():
-            sampler = Sampler(Sampling(1.0), [0]).start(hidden.device, VOCAB)
+            sampler = Sampler(Sampling(temperature), [0]).start(hidden.device, VOCAB)
             first = sampler.draw(lm.logits(hidden), sampler.uniform(state.position))
             stepper = Stepper(lm, first, state, sampler, 12, block=4, read=read)
             made.append([token for _ in range(3) for token in stepper.run(4)])
@@ -309,5 +382,7 @@ def test_gpu_replays_the_steps(mixer, sampling, monkeypatch):
     )
     captured = continued(lm, PROMPTS, limits, sampling)
     assert len(replays) > 50
+    alone = continued(lm, PROMPTS[1:2], 40, sampling, [1])
     monkeypatch.setattr(decoding, "Graph", lambda device: lambda call: call())
     assert continued(lm, PROMPTS, limits, sampling) == captured
+    assert continued(lm, PROMPTS[1:2], 40, sampling, [1]) == alone
