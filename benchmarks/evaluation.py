@@ -59,7 +59,7 @@ LLAMA = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24
 TINY = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
 PATIENCE = 300  # seconds that fla has for its first document
 HEADINGS = ("Measurand", "Applicant", "Type of Test", "Panel", "Regulation section")
-WORDS = 20_000  # of the lexicon
+WORDS = 60_000  # of the lexicon, enough for a vocabulary of as many tokens as the models have
 SYLLABLES = "ba be bo ca co da de fi ga glu he in ka lac li ma mi no pro ra se ta tro ul ver zy"
 
 
@@ -97,7 +97,7 @@ def documents(count: int, tokens: int, vocab: int, seed: int = 0) -> tuple[list[
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab, special_tokens=["<s>", "</s>"], show_progress=False
     )
-    inner.train_from_iterator([text for text, _ in made[:200]], trainer)
+    inner.train_from_iterator([*(text for text, _ in made[:200]), " ".join(words)], trainer)
     prompts = []
     for text, heading in made:
         ids = inner.encode(text).ids[: tokens - 16]

@@ -85,7 +85,7 @@ def mqar(
     ] = None,
     jobs: Annotated[
         int | None,
-        typer.Option(min=1, help="Trials at once; by default 1 on a CPU, 4 on each GPU."),
+        typer.Option(min=1, help="Trials at once; by default 1, on every GPU."),
     ] = None,
     minutes: Annotated[
         float | None,

@@ -17,8 +17,9 @@ import math
 import torch
 
 from glactl.measure import saved_bytes
-from glactl.models.lm import LM, build_lm, token_losses
+from glactl.models.lm import LM, build_lm
 from glactl.models.lm_spec import LMSpec
+from glactl.models.losses import token_losses
 from glactl.models.mixers import MixerSpec
 
 WIDE = 512  # the least width that a model is narrowed to

@@ -23,7 +23,8 @@ from torch import Tensor
 from glactl.models.cost import LMCost, lm_cost
 from glactl.models.decode import BLOCK, Stepper, prefill
 from glactl.models.layers import linear_cost
-from glactl.models.lm import LM, Block, LMSpec, LMState, build_lm, token_losses
+from glactl.models.lm import LM, Block, LMSpec, LMState, build_lm
+from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler, Sampling
 from glactl.operators import ERROR_T, Shape, error, relative
 from glactl.operators_peers import operator

@@ -101,14 +101,6 @@ def packed(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     return batch.tokens.reshape(1, -1), batch.targets.reshape(1, -1), batch.cu_seqlens
 
 
-def read(lm: LM, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The hidden states of a batch and its targets."""
-    tokens, targets, bounds = packed(batch)
-    # bounds and targets stay on the CPU, where they are read without waiting for a GPU
-    hidden, _ = lm(to_device(tokens, device), cu_seqlens=bounds)
-    return hidden, targets
-
-
 class Source:
     """The checkpoint that the run of `spec` begins with; it is read when it is needed.
 

@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glactl.models.layers import to_device, wide
-from glactl.models.lm import LM, token_losses
+from glactl.models.lm import LM
+from glactl.models.losses import token_losses
 
 Kind = Literal["auto", "whole", "chunked", "liger"]
 
@@ -52,17 +53,16 @@ class Objective(nn.Module):
         Returns:
             () fp32 or wider, in nats; with `tell` (n,) and (n,) bool of the targets asked for.
         """
-        hidden, _ = self.lm(tokens, cu_seqlens=bounds)
-        if tell:
-            return self._told(hidden.flatten(0, 1), targets.flatten())
-        hidden, targets = hidden.flatten(0, 1), targets.flatten()
+        targets, asked = targets.flatten(), None
         if targets.device.type == "cpu":
-            asked = (targets >= 0).nonzero().squeeze(-1)
-            if len(asked) < len(targets):
-                hidden = hidden.index_select(0, to_device(asked, hidden.device))
-                targets = targets.index_select(0, asked)
-            targets = to_device(targets, hidden.device)
-        return self._sum(hidden, targets)
+            places = (targets >= 0).nonzero().squeeze(-1)
+            if len(places) < len(targets):
+                targets, asked = targets.index_select(0, places), to_device(places, tokens.device)
+        hidden, _ = self.lm(tokens, cu_seqlens=bounds, asked=asked)
+        hidden = hidden.view(-1, hidden.shape[-1])
+        if tell:
+            return self._told(hidden, targets)
+        return self._sum(hidden, to_device(targets, hidden.device))
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
         weight = self.lm.head.weight

@@ -29,16 +29,16 @@ from torch import Tensor
 
 from glactl.device import products
 from glactl.models.decode import WARM, Graph, captures
-from glactl.models.layers import wide
-from glactl.models.lm import LM, build_lm, token_losses
+from glactl.models.layers import to_device, wide
+from glactl.models.lm import LM, build_lm
 from glactl.optim import clip, learning_rate, make_optimizer
 from glactl.spec import RunSpec
-from glactl.stages import read
+from glactl.stages import packed
 from glactl.tasks.mqar import MQARTask
 from glactl.tasks.mqar_device import DeviceBatches
 from glactl.train import seeded
 from glactl.train_layers import plain, quicken
-from glactl.train_loss import chunked_loss
+from glactl.train_loss import Objective, chunked_loss
 
 BLOCK = 32  # the most steps between two looks at the losses
 
@@ -59,6 +59,7 @@ class TrialSteps:
         self.spec, self.task, self.device = spec, task, device
         self.model = build_lm(spec.model, spec.seed, device=device)
         self.optimizer = make_optimizer(self.model, spec.optim)
+        self._objective = Objective(self.model, "whole")
         self.batches = DeviceBatches(task, spec.rows, device)
         self.step = 0
         wanted = capture and spec.train.capture is not False
@@ -163,16 +164,15 @@ class TrialSteps:
         self.optimizer.zero_grad(set_to_none=True)
         tokens, asked, wanted = self.batches.draw(self._at, segment)
         with products(self.device, self.spec.train.precision):
-            hidden, _ = self.model(tokens)
-            loss = self._sum(hidden, asked, wanted) / len(wanted)
+            hidden, _ = self.model(tokens, asked=asked)
+            loss = self._sum(hidden, wanted) / len(wanted)
         loss.backward()
         self._move(loss.detach())
 
-    def _sum(self, hidden: Tensor, asked: Tensor, wanted: Tensor) -> Tensor:
+    def _sum(self, hidden: Tensor, wanted: Tensor) -> Tensor:
         if not self._compiled:
-            return _losses(self.model, hidden, asked, wanted).sum()
-        chosen = hidden.flatten(0, -2).index_select(0, asked)
-        return chunked_loss(chosen, self.model.head.weight, wanted, compiled=True)
+            return _losses(self.model, hidden, wanted).sum()
+        return chunked_loss(hidden, self.model.head.weight, wanted, compiled=True)
 
     def _pieces(self, step: int) -> None:
         """A step of packed rows, or of micro-batches, as train.py takes it."""
@@ -187,8 +187,9 @@ class TrialSteps:
                 seeded(self.device, self.spec.seed, step, m),
                 products(self.device, self.spec.train.precision),
             ):
-                hidden, targets = read(self.model, batch, self.device)
-                loss = token_losses(self.model, hidden, targets).sum() / max(count, 1)
+                tokens, targets, bounds = packed(batch)
+                tokens = to_device(tokens, self.device)
+                loss = self._objective(tokens, targets, bounds) / max(count, 1)
             loss.backward()
             total += loss.detach()
         self._move(total)
@@ -208,7 +209,7 @@ class TrialSteps:
         self._at += 1
 
 
-def _losses(lm: LM, hidden: Tensor, asked: Tensor, wanted: Tensor) -> Tensor:
-    """As `token_losses`, of the targets wanted (n,) at the places asked (n,) of hidden's rows."""
-    logits = lm.logits(hidden.flatten(0, -2).index_select(0, asked))
+def _losses(lm: LM, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """As `token_losses`, of the targets wanted (n,) after hidden (n, d)."""
+    logits = lm.logits(hidden)
     return F.cross_entropy(logits.to(wide(logits.dtype)), wanted, reduction="none")

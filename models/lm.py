@@ -14,10 +14,9 @@ holds all that later tokens need: a text read in pieces, or token by token, give
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import MethodType
-from typing import Literal, overload
+from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from glactl.kernels.triton_layout import steady
@@ -31,7 +30,6 @@ from glactl.models.layers import (
     layout,
     readable,
     to_device,
-    wide,
 )
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
@@ -157,15 +155,18 @@ class LM(nn.Module):
 
     @overload
     def forward(
-        self, tokens: Tensor, state: None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, None]: ...
+        self, tokens: Tensor, state: None = None, cu_seqlens: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> tuple[Tensor, None]: ...  # fmt: skip
     @overload
     def forward(
-        self, tokens: Tensor, state: LMState, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, LMState]: ...
+        self, tokens: Tensor, state: LMState, cu_seqlens: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> tuple[Tensor, LMState]: ...  # fmt: skip
     def forward(
-        self, tokens: Tensor, state: LMState | None = None, cu_seqlens: Tensor | None = None
-    ) -> tuple[Tensor, LMState | None]:
+        self, tokens: Tensor, state: LMState | None = None, cu_seqlens: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> tuple[Tensor, LMState | None]:  # fmt: skip
         """Read tokens.
 
         Args:
@@ -175,9 +176,12 @@ class LM(nn.Module):
                 may be empty, packed into one row (B = 1). None: every row is a sequence (N = B).
                 On the CPU its values are checked, and it is copied to the device; on a GPU only
                 type and shape are, and T stands for the length of the longest sequence.
+            asked: (n,) int64 on the device of tokens, the places of which hidden is wanted, in the
+                B T places laid end to end; None: all. The last norm is of those alone.
 
         Returns:
-            hidden (B, T, d_model), and the state after, None where none went in.
+            hidden (B, T, d_model), or (n, d_model) of what is asked, and the state after, None
+            where none went in.
 
         Raises:
             ValueError: shapes or bounds that do not fit together, or more tokens than max_len
@@ -193,7 +197,9 @@ class LM(nn.Module):
         B, T = tokens.shape
         if cu_seqlens is not None:
             cu_seqlens = to_device(cu_seqlens, tokens.device)
-        h = self.embed(tokens) * self.spec.embedding_scale
+        h = self.embed(tokens)
+        if self.spec.embedding_scale != 1:
+            h = h * self.spec.embedding_scale
         at = layout(B, T, cu_seqlens, tokens.device)
         if self.positions is not None:
             place = at.place if state is None else at.place + state.position[at.sequence]
@@ -207,9 +213,10 @@ class LM(nn.Module):
                 h, after = block(h, before, cu_seqlens, longest, shared[i])  # (2)
                 if after is not None:
                     layers.append(after)
+        h = self.norm(h if asked is None else h.flatten(0, 1).index_select(0, asked))
         if state is None:
-            return self.norm(h), None
-        return self.norm(h), LMState(layers, state.position + at.length, longest)
+            return h, None
+        return h, LMState(layers, state.position + at.length, longest)
 
     @torch.no_grad()
     def step(self, tokens: Tensor, state: LMState) -> Tensor:
@@ -314,40 +321,3 @@ def build_lm(
         if isinstance(start := getattr(module, "start", None), MethodType):
             start()
     return lm.to(device=device, dtype=dtype)
-
-
-@overload
-def token_losses(
-    lm: LM, hidden: Tensor, targets: Tensor, correct: Literal[False] = False
-) -> Tensor: ...
-@overload
-def token_losses(
-    lm: LM, hidden: Tensor, targets: Tensor, correct: Literal[True]
-) -> tuple[Tensor, Tensor]: ...
-def token_losses(
-    lm: LM, hidden: Tensor, targets: Tensor, correct: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-entropies of the targets that are asked for.
-
-    Args:
-        lm: the model that hidden comes from.
-        hidden: (..., d_model).
-        targets: (...) int64; what follows each token, below 0 where nothing is asked. On the CPU,
-            which is where they are made, a GPU is not waited for; on a GPU it is.
-        correct: also tell whether a target is the most likely token.
-
-    Returns:
-        losses (n,) in nats, fp32 or wider, of the n targets of 0 or more in order; with `correct`
-        also (n,) bool; on the device of hidden.
-
-    Cost: logits, n * vocab_size, of the targets asked for alone.
-    """
-    asked = (targets.flatten() >= 0).nonzero().squeeze(-1)
-    hidden, wanted = hidden.flatten(0, -2), targets.flatten()
-    if len(asked) < len(wanted):
-        hidden = hidden.index_select(0, to_device(asked, hidden.device))
-        wanted = wanted.index_select(0, asked)
-    wanted = to_device(wanted, hidden.device)
-    logits = lm.logits(hidden)
-    losses = F.cross_entropy(logits.to(wide(logits.dtype)), wanted, reduction="none")
-    return (losses, logits.argmax(-1) == wanted) if correct else losses

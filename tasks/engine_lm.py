@@ -18,7 +18,8 @@ from torch import Tensor
 
 from glactl.models.decode import BLOCK, decode, join, prefill, take
 from glactl.models.layers import to_device
-from glactl.models.lm import LM, LMState, token_losses
+from glactl.models.lm import LM, LMState
+from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler
 from glactl.tasks.batching import SHORTEST, Budget, Group, alone, budget, grouped
 from glactl.tasks.engine import Ask, Engine, Pair, Score

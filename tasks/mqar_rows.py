@@ -97,9 +97,10 @@ class Rows:
         """y of (2), of each row n of as many numbers as are in the urn: (B, 2, n)."""
         i, n = self._place, self.pairs
         j = i + _below(self._left, draws)
-        # (1): by the place that step t swaps with, where that is another of the first n
-        to = j.clamp(max=n).masked_fill(j == i, n)
-        root = torch.full_like(j[..., :1], -1).repeat(1, 1, n + 1)
+        # (1): by the place that step t swaps with, where that is another of the first n; the other
+        # steps write where no one reads, each to a place of its own, or a GPU would take turns
+        to = torch.where((j < n) & (j != i), j, n + i)
+        root = torch.full_like(j[..., :1], -1).repeat(1, 1, 2 * n)
         root = root.scatter_reduce_(-1, to, i.expand_as(j), "amax")[..., :n]
         root = torch.where(root < 0, i, root)
         for _ in range((n - 1).bit_length()):

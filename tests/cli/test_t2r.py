@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from glactl.cli import app
 from glactl.init import agree
 from glactl.match import distance, paired, teachers
-from glactl.models.lm import LM, build_lm, token_losses
+from glactl.models.lm import LM, build_lm
+from glactl.models.losses import token_losses
 from glactl.optim import make_optimizer
 from glactl.original import find_original
 from glactl.plan import plan_numbers

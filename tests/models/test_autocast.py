@@ -7,7 +7,8 @@ import torch
 
 from glactl.kernels import gla, gla_step, gsa, gsa_step
 from glactl.models.layers import log_gate, rms_norm
-from glactl.models.lm import LMSpec, build_lm, token_losses
+from glactl.models.lm import LMSpec, build_lm
+from glactl.models.losses import token_losses
 
 MODELS = {
     "gla": {"mixer": "gla"},

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from functorch.compile import make_boxed_func
 from torch._dynamo.backends.common import aot_autograd
 
-from glactl.models.lm import LMSpec, build_lm, token_losses
+from glactl.models.lm import LMSpec, build_lm
+from glactl.models.losses import token_losses
 
 MODELS = {
     "gla": {"mixer": "gla"},

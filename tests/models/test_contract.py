@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from glactl.models.lm import build_lm, token_losses
+from glactl.models.lm import build_lm
+from glactl.models.losses import token_losses
 
 T = 13
 # fp64. Two layers of up to 8 nested products, each a sum of at most 64 terms, whose intermediate

@@ -5,7 +5,8 @@ import torch
 from pydantic import TypeAdapter
 
 from glactl.models.layers import glu_hidden
-from glactl.models.lm import LMSpec, build_lm, token_losses
+from glactl.models.lm import LMSpec, build_lm
+from glactl.models.losses import token_losses
 from glactl.models.mixers import KINDS, MIXERS, MixerSpec
 
 EPS = torch.finfo(torch.float64).eps
@@ -285,3 +286,15 @@ def test_fresh_weights_are_wider_in_narrow_models():
     assert LMSpec(d_model=64).std == 0.08
     assert LMSpec(d_model=400).std == pytest.approx(0.05)
     assert LMSpec(d_model=400, init_std=0.02).std == 0.02
+
+
+def test_hidden_states_that_are_asked_for_are_those_of_all_of_them():
+    lm = build_lm(LMSpec.model_validate({"d_model": 16, "n_layers": 2, "vocab_size": 11, "mixer": "gla"}), 0)
+    tokens = torch.randint(lm.spec.vocab, (3, 7))
+    whole, none = lm(tokens)
+    asked = torch.tensor([2, 7, 20])
+    some, after = lm(tokens, lm.initial_state(3), asked=asked)
+    torch.testing.assert_close(some, whole.flatten(0, 1)[asked])
+    assert none is None
+    assert after is not None
+    assert after.position.tolist() == [7, 7, 7]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from glactl.models.lm import build_lm, token_losses
+from glactl.models.lm import build_lm
+from glactl.models.losses import token_losses
 from glactl.tasks.frames import Frames
 from glactl.tasks.packing import pack
 
