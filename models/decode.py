@@ -69,14 +69,14 @@ def prefill(
     for first in range(0, len(tokens), piece):
         part = tokens[first : first + piece]
         bounds = (ends - first).clamp(0, len(part))
+        last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
+        asked = to_device(bounds[1:][last] - 1, device)
         cu_seqlens = bounds if len(prompts) > 1 else None  # one row needs no bounds
-        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens)
+        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens, asked)
         # forward adds up the longest of every piece, whose rows need not be the same
         state.longest = before + int((ends[1:].clamp(max=first + len(part)) - ends[:-1]).max())
-        last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
         hidden = read.new_zeros(len(prompts), read.shape[-1]) if hidden is None else hidden
-        at = to_device(last, device)
-        hidden.index_copy_(0, at, read[0, to_device(bounds[1:][last] - 1, device)])
+        hidden.index_copy_(0, to_device(last, device), read)
     assert hidden is not None
     if len(tokens) == 0:  # a step would write into the past
         state = take(state, torch.arange(len(prompts), device=device))
