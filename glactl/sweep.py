@@ -17,7 +17,7 @@ from glactl.device import pick_device
 from glactl.sweep_grid import Grid, make_grid
 from glactl.sweep_jobs import Jobs, default_jobs
 from glactl.sweep_prune import Prune, parse_prune
-from glactl.sweep_report import print_table, write
+from glactl.sweep_report import current, print_table, write
 from glactl.sweep_results import Outcome, Results, pending
 from glactl.sweep_rows import edge_warnings, summarise
 from glactl.sweep_run import SweepStopped, run_sweep, standing_errors
@@ -100,7 +100,7 @@ def mqar_command(
     if json and (plot_only or not left):
         for outcome in outcomes:
             console.result({"event": "trial", **_plain(outcome)})
-    _show(grid, outcomes, folder, json)
+    _show(grid, outcomes, folder, json, draw=plot_only or left > 0 or not current(folder, grid))
     if stopped is not None:
         raise stopped
 
@@ -123,10 +123,10 @@ def _run(
     return jobs.run()
 
 
-def _show(grid: Grid, outcomes: list[Outcome], folder: Path, json: bool) -> None:
+def _show(grid: Grid, outcomes: list[Outcome], folder: Path, json: bool, draw: bool) -> None:
     """The best of each cell, as a table, as files, and what is to be said of it."""
     rows = summarise(outcomes)
-    files = write(folder, grid, rows)
+    files = write(folder, grid, rows) if draw else []
     if json:
         for row in rows:
             console.result({"event": "best", **asdict(row)})
@@ -138,7 +138,11 @@ def _show(grid: Grid, outcomes: list[Outcome], folder: Path, json: bool) -> None
     for o in outcomes:
         if o.result is not None and o.result.error is not None:
             console.note(f"{o.status}: {o.trial.label}: {o.result.error}")
-    console.note(f"wrote {folder}: {', '.join(files)}")
+    console.note(
+        f"wrote {folder}: {', '.join(files)}"
+        if files
+        else f"nothing new since {folder / 'report.html'} was written; --plot-only draws it again"
+    )
     broken = [f"{row.mixer} d {row.dim}" for row in rows if row.status == "failed"]
     if broken:
         raise SweepFailed(

@@ -64,6 +64,16 @@ def write(folder: Path, grid: Grid, rows: list[Row]) -> list[str]:
     return ["results.jsonl", "table.csv", "slices.csv", *drawn, "report.html", "sweep.yaml"]
 
 
+def current(folder: Path, grid: Grid) -> bool:
+    """Whether the files in `folder` are of this grid and of all its results."""
+    try:
+        drawn = (folder / "report.html").stat().st_mtime_ns  # the last that is written
+        known = (folder / "results.jsonl").stat().st_mtime_ns
+        return drawn > known and (folder / "sweep.yaml").read_text() == grid.resolved()
+    except FileNotFoundError:
+        return False
+
+
 def _csv(path: Path, grid: Grid, rows: list[Row]) -> None:
     names = [field.name for field in fields(Row) if field.name not in ("slices", "keys")]
     with open(path, "w", newline="", encoding="utf-8") as f:

@@ -234,4 +234,4 @@ def test_where_workers_go(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert devices_of(torch.device("cuda")) == ["cuda:0", "cuda:1"]
     assert devices_of(torch.device("cuda:1")) == ["cuda:1"]
-    assert [default_jobs(torch.device(d)) for d in ("cpu", "cuda", "cuda:1")] == [1, 8, 4]
+    assert [default_jobs(torch.device(d)) for d in ("cpu", "cuda", "cuda:1")] == [1, 2, 1]

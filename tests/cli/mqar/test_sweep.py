@@ -55,6 +55,12 @@ def test_the_command_end_to_end_and_again(glactl, tmp_path, monkeypatch):
     assert again.stdout == done.stdout
     assert "at most 0 to run" in again.stderr
     assert {name: (folder / name).read_bytes() for name in files} == before
+    assert "nothing new" in again.stderr
+    (folder / "accuracy.png").unlink()
+    glactl("--dims", "16,32", "--lrs", "1e-2", "--plot-only")
+    glactl("--dims", "16", "--lrs", "1e-2")  # another grid in the same folder
+    assert (folder / "accuracy.png").read_bytes() != before["accuracy.png"]
+    assert len((folder / "table.csv").read_text().splitlines()) == 3
 
 
 def test_rates_are_tried_in_turn_until_one_passes(glactl, trained):
