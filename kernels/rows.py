@@ -18,8 +18,8 @@ and the feature maps before them,
 
     gk = log sigma(U l + b) / c        g = log sigma(a) / c                                  (6)
 
-`greedy_rows` ends a greedy step of one row: y of (4) are the logits, rounded to their type, and the
-token with the largest one is put where the next step begins, with its embedding E_j:
+`greedy_rows` ends a greedy step: y of (4) are the logits, rounded to their type, and of every row
+the token with the largest one is put where the next step begins, with its embedding E_j:
 
     j = the first of the largest y; a NaN is the largest                                     (7)
     token = made_slot = j   h = scale E_j   slot = slot + 1   position = position + 1        (8)
@@ -165,7 +165,7 @@ def gsa_step_rows(
 
 
 class Next(NamedTuple):
-    """What (8) writes: token (1,), made (1, places), slot and position (1,) int64, and h (1, d);
+    """What (8) writes: token (N,), made (N, places), slot and position (N,) int64, and h (N, d);
     all contiguous, slot in [0, places)."""
 
     token: Tensor
@@ -180,10 +180,10 @@ def greedy_rows(
     x: Tensor, weight: Tensor, *, norm: Tensor, eps: float, embedding: Tensor, scale: float,
     into: Next,
 ) -> None:  # fmt: skip
-    """(7) and (8) for the norm of one row, in place.
+    """(7) and (8) for the norms of N rows, in place.
 
     Args:
-        x: (1, K), contiguous.
+        x: (N, K), contiguous; it may be h of `into`.
         weight: W, (R, K), R at most 2^31 - 1, contiguous, in x's dtype; its rows are the tokens
             that may be taken.
         norm: w of (2), (K,).
@@ -192,7 +192,7 @@ def greedy_rows(
         scale: of (8).
         into: what is written.
 
-    Cost: on a CUDA device two launches, the second of one program; else as plain torch.
+    Cost: on a CUDA device two launches for one row, three for more; else as plain torch.
     """
     if launches(x):
         from glactl.kernels.triton_rows import greedy_rows_triton
@@ -201,7 +201,7 @@ def greedy_rows(
         return
     y = product_rows_reference(x, weight, norm=norm, eps=eps)
     torch.argmax(y, 1, out=into.token)  # (7)
-    into.made.index_copy_(1, into.slot, into.token[:, None])
+    into.made.scatter_(1, into.slot[:, None], into.token[:, None])
     into.h.copy_(scale * embedding[into.token])
     into.slot.add_(1)
     into.position.add_(1)  # (8)

@@ -1,4 +1,5 @@
-r"""The element-wise edges of a layer as one launch each way: the log gate, and the read-out's norm.
+r"""The element-wise edges of a layer as one launch each way: the log gate, the read-out's norm,
+and the product inside of a channel mixer.
 
 For a row x (D), its gate z (D) where there is one, weight w (D), sigma the logistic function:
 
@@ -10,17 +11,22 @@ For a row x (D), its gate z (D) where there is one, weight w (D), sigma the logi
     dx = ds, or ds silu'(x)        dz = dy w n silu'(z)                                      (5)
     silu'(x) = sigma(x) (1 + x (1 - sigma(x)))                                               (6)
 
+For a pair of numbers x and u:
+
+    y = silu(x) u        dx = dy u silu'(x)        du = dy silu(x)                           (7)
+
 The series in (1) is log(1 + e) by the area tangent, with a remainder below 2e-8 of it: the
 hardware's logarithm next to 1 would leave nothing of the small gates of large x. Everything is fp32
 inside and rounded once. Nothing but the inputs is kept for the backward, in which r is computed
 again; each program walks over rows with dw in registers, and torch adds up the programs' sums.
 
-The definitions in plain torch are `log_gate` and `rms_norm` of glactl.models.layers, which call
-this file outside of compiled regions on a CUDA device; a compiler fuses those definitions itself,
-so nothing here is registered as an operator.
+The definitions in plain torch are `log_gate`, `rms_norm` and `GLU` of glactl.models.layers, which
+call this file outside of compiled regions on a CUDA device; a compiler fuses those definitions
+itself, so nothing here is registered as an operator.
 
 Floor, 32,768 tokens of gla-1.3b (4 heads, K 256, V 512), bf16, over 3.02 TB/s, and the prediction
-at 85 % of it; plain torch moves the same in steps, with an fp32 copy before each:
+at 85 % of it; (7) is of d_model 1,024. Plain torch moves the same in steps, with an fp32 copy
+before each:
 
     | launch                  | MB  | floor ms | predicted | plain torch: launches, MB, floor ms |
     |-------------------------|-----|----------|-----------|-------------------------------------|
@@ -28,6 +34,8 @@ at 85 % of it; plain torch moves the same in steps, with an fp32 copy before eac
     | (1), backward           | 268 | 0.089    | 0.10      | 3, 870, 0.29                        |
     | (2), (3) with a gate    | 403 | 0.133    | 0.16      | 6, 3090, 1.02                       |
     | (4), (5) with a gate    | 671 | 0.222    | 0.26      | 9 or more                           |
+    | (7), hidden 2816        | 554 | 0.183    | 0.21      | 2, 923, 0.31                        |
+    | (7), backward           | 923 | 0.306    | 0.36      | 3, 1660, 0.55                       |
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -59,6 +67,28 @@ def log_sigma(x):
     series = 1 / 9 + q * (1 / 11 + q * (1 / 13))
     series = 1.0 + q * (1 / 3 + q * (1 / 5 + q * (1 / 7 + q * series)))
     return tl.where(x < 0, x, 0.0) - 2 * t * series
+
+
+@triton.jit
+def _glu(x, u, y, size, N: tl.constexpr):
+    """y of (7), N numbers."""
+    i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    gate = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
+    up = tl.load(u + i, mask=i < size, other=0.0).to(tl.float32)
+    tl.store(y + i, (gate * sigma(gate) * up).to(y.dtype.element_ty), mask=i < size)
+
+
+@triton.jit
+def _glu_back(x, u, dy, dx, du, size, N: tl.constexpr):
+    """dx and du of (7), N numbers."""
+    i = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
+    gate = tl.load(x + i, mask=i < size, other=0.0).to(tl.float32)
+    up = tl.load(u + i, mask=i < size, other=0.0).to(tl.float32)
+    d = tl.load(dy + i, mask=i < size, other=0.0).to(tl.float32)
+    open_x = sigma(gate)
+    slope = open_x * (1.0 + gate * (1.0 - open_x))  # (6)
+    tl.store(dx + i, (d * up * slope).to(dx.dtype.element_ty), mask=i < size)
+    tl.store(du + i, (d * gate * open_x).to(du.dtype.element_ty), mask=i < size)  # (7)
 
 
 @triton.jit
@@ -198,6 +228,27 @@ class _RMSNorm(torch.autograd.Function):
         return dx, dw.sum(0).to(weight.dtype), None, dz, None
 
 
+class _GLU(torch.autograd.Function):
+    """(7) of contiguous tensors."""
+
+    @staticmethod
+    def forward(ctx, x, u):
+        y, size = torch.empty_like(x), x.numel()
+        _glu[(triton.cdiv(size, FLAT),)](x, u, y, size, N=FLAT, num_warps=4)
+        ctx.save_for_backward(x, u)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, u = ctx.saved_tensors
+        dx, du, size = torch.empty_like(x), torch.empty_like(u), x.numel()
+        _glu_back[(triton.cdiv(size, FLAT),)](
+            x, u, dy.contiguous(), dx, du, size, N=FLAT, num_warps=4
+        )
+        return dx, du
+
+
 def log_gate_triton(x: Tensor, normalizer: float) -> Tensor:
     """(1) of x, in fp32, bf16 or fp16 and not empty; returns fp32, and nothing waits for it."""
     y: Tensor = _LogGate.apply(x.contiguous(), float(normalizer))
@@ -221,4 +272,10 @@ def rms_norm_triton(
     """
     gate = None if gate is None else gate.contiguous()
     y: Tensor = _RMSNorm.apply(x.contiguous(), weight.contiguous(), eps, gate, swish)
+    return y
+
+
+def glu_triton(x: Tensor, u: Tensor) -> Tensor:
+    """y of (7), x and u of one shape and dtype, not empty; nothing waits for it."""
+    y: Tensor = _GLU.apply(x.contiguous(), u.contiguous())
     return y

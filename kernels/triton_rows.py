@@ -6,8 +6,9 @@ x, and takes the sums along K in its threads. Of more rows the product is the li
 (3) as a launch before it, `_prepare`, and (4) as one behind it, `_pair`. (A kernel with all of it
 on the tensor cores took 21 us where the library's product takes 5 to 12: 64 rows, d 1024.)
 
-For (7) a program of `_one` leaves the best of its rows in the place of y, as one whole number that
-orders them (`_rank`), and one program, `_take`, finds the largest of those and does (8).
+For (7) of a single row a program of `_one` leaves the best of its rows in the place of y, as one
+whole number that orders them (`_rank`), and `_take` finds the largest of those and does (8). Of
+more rows `_take` looks at the library's product, a program a row.
 
 A launch may begin before the one before it has ended (programmatic dependent launch, compute
 capability 9 and later): it asks for its weights, which no kernel writes, and only then waits. Every
@@ -16,10 +17,11 @@ next one begin only then: earlier, they take its place on the chip (0.544 ms a s
 0.527). So when a launch begins, all have ended but the one just before it, and what that one does
 not write may be read at once; triton_step.py and triton_step_gsa.py do so and say why.
 
-While a mixer's step runs, memory has little to do. Programs added to its launch ask for the weights
-of the launches after it, which come into the L2 cache (`ask`). They read and write nothing, so they
-wait for nothing and hold nobody up: the next launch still begins only when those of the step have
-waited, and a launch that has ended still vouches for all before it.
+While a mixer's step of one row runs, memory has little to do; of more rows, while `_prepare` does.
+Programs added to these launches ask for the weights of the launches after them, which come into the
+L2 cache (`ask`). They read and write nothing, so they wait for nothing and hold nobody up: the next
+launch still begins only when those of the step have waited, and a launch that has ended still
+vouches for all before it.
 
 Floor of one row, an H100: the bytes of W over 3.02 TB/s. 340m, d 1024: 12.6 M weights a layer, 8.3
 us in five launches; each takes some 1 to 2 us besides to begin and end.
@@ -41,7 +43,7 @@ from glactl.kernels.rows import Next
 from glactl.kernels.triton_edges import sigma
 
 TILE = 8192  # weights of a program of `_one`
-RANKS = 4096  # that `_take` reads at once
+RANKS = 8192  # that `_take` reads at once: 16 a thread
 LAST = tl.constexpr(2**31 - 1)  # the largest row there may be
 LOWEST = tl.constexpr(-(2**63))  # below the rank of any row
 PIECE = tl.constexpr(1024)  # bytes that a thread asks for
@@ -145,62 +147,75 @@ def _one(
 
 @triton.jit
 def _take(
-    best, embedding, token, made, slot, position, h, scale,
+    best, embedding, token, made, slot, position, h, scale, places,
     PARTS: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(7) of the ranks of PARTS programs, BLOCK at once, and (8)."""
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    i = tl.arange(0, BLOCK)
-    found = tl.load(best + tl.minimum(i, PARTS - 1))
-    place, count = tl.load(slot), tl.load(position)
-    for first in range(BLOCK, PARTS, BLOCK):
-        found = tl.maximum(found, tl.load(best + tl.minimum(first + i, PARTS - 1)))
-    j = LAST - (tl.max(found, 0) & LAST)  # (7)
-    d = tl.arange(0, DP)
-    e = tl.load(embedding + j * D + d, mask=d < D, other=0.0).to(tl.float32)
-    tl.store(h + d, (scale * e).to(h.dtype.element_ty), mask=d < D)
-    tl.store(token, j)
-    tl.store(made + place, j)
-    tl.store(slot, place + 1)
-    tl.store(position, count + 1)  # (8)
-
-
-@triton.jit
-def _prepare(
-    x, norm, gate, p, eps, x_row, gate_row,
-    GROUPS: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    SWISH: tl.constexpr, EARLY: tl.constexpr,
-):  # fmt: skip
-    """(1) to (3) of one of many rows."""
+    """(7) of one row, of the ranks that PARTS programs left or of PARTS logits, BLOCK at once, and
+    (8)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     n = tl.program_id(0).to(tl.int64)
+    place, count = tl.load(slot + n), tl.load(position + n)
+    found = tl.full((BLOCK,), LOWEST, tl.int64)
+    for first in tl.range(0, PARTS, BLOCK, loop_unroll_factor=4):  # reads of four are on their way
+        i = first + tl.arange(0, BLOCK)
+        part = tl.load(best + n * PARTS + i, mask=i < PARTS)
+        rank = part if part.dtype == tl.int64 else _rank(part, i)
+        found = tl.maximum(found, tl.where(i < PARTS, rank, LOWEST))
+    j = LAST - (tl.max(found, 0) & LAST)  # (7)
+    d = tl.arange(0, DP)
+    e = tl.load(embedding + j * D + d, mask=d < D, other=0.0).to(tl.float32)
+    tl.store(h + n * D + d, (scale * e).to(h.dtype.element_ty), mask=d < D)
+    tl.store(token + n, j)
+    tl.store(made + n * places + place, j)
+    tl.store(slot + n, place + 1)
+    tl.store(position + n, count + 1)  # (8)
+
+
+@triton.jit
+def _prepare(
+    x, norm, gate, p, eps, x_row, gate_row, rows,
+    ahead_a, ahead_b, ahead_c, in_a, in_b, in_c,
+    GROUPS: tl.constexpr, GP: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    SWISH: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    """(1) to (3) of one of many rows. The programs beyond `rows` ask for weights."""
+    n = tl.program_id(0).to(tl.int64)
+    if ahead_a is not None:  # noqa: SIM102 (a constant, which decides what is compiled)
+        if n >= rows:
+            ask(n - rows, ahead_a, ahead_b, ahead_c, in_a, in_b, in_c, EARLY)
+            return
     g, d = tl.arange(0, GP)[:, None], tl.arange(0, DP)[None, :]
     inside = (g < GROUPS) & (d < D)
     k = g * D + d
+    if norm is not None:  # from memory, so before the wait and what is asked for
+        weight = tl.load(norm + d, mask=d < D, other=0.0)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     z = tl.load(gate + n * gate_row + k, mask=inside, other=0.0) if gate is not None else None
     s, f = _before(tl.load(x + n * x_row + k, mask=inside, other=0.0), z, SWISH)
     if norm is not None:
         s *= (1.0 / tl.sqrt(tl.sum(s * s, 1) / D + eps))[:, None]  # (2)
-        s *= tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        s *= weight.to(tl.float32)
     tl.store(p + n * (GROUPS * D) + k, (s * f).to(p.dtype.element_ty), mask=inside)  # (3)
 
 
 @triton.jit
-def _pair(y, out, R, size, BLOCK: tl.constexpr, EARLY: tl.constexpr):
-    """(4) of a pair's products y (N, 2 R), for BLOCK of the size = N R results."""
+def _pair(y, out, R, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    """(4) of a pair's products y (N, 2 R), for BLOCK results of one row."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    at = i // R * (2 * R) + i % R
-    first = tl.load(y + at, mask=i < size, other=0.0).to(tl.float32)
-    second = tl.load(y + at + R, mask=i < size, other=0.0).to(tl.float32)
-    tl.store(out + i, (first * sigma(first) * second).to(out.dtype.element_ty), mask=i < size)
+    n = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    y += n * 2 * R
+    first = tl.load(y + i, mask=i < R, other=0.0).to(tl.float32)
+    second = tl.load(y + R + i, mask=i < R, other=0.0).to(tl.float32)
+    made = first * sigma(first) * second
+    tl.store(out + n * R + i, made.to(out.dtype.element_ty), mask=i < R)
 
 
 @functools.cache
@@ -214,14 +229,13 @@ def launch_options(device: torch.device) -> dict[str, bool]:
     return {"EARLY": True, "launch_pdl": True} if early(device) else {"EARLY": False}
 
 
-def asking(N: int, ahead: Sequence[Tensor]) -> tuple[int, list[Tensor | int | None]]:
-    """Programs to add to a step of N rows, and the arguments a to in_c of their `ask`.
+def asking(ahead: Sequence[Tensor]) -> tuple[int, list[Tensor | int | None]]:
+    """Programs to add to a launch, and the arguments a to in_c of their `ask`.
 
-    The first AHEAD bytes of the first three weights, in whole pieces; nothing for more rows than
-    one, whose states keep memory busy, and of weights that do not lie in one piece, at addresses
-    that 16 divides.
+    The first AHEAD bytes of the first three weights, in whole pieces; nothing of weights that do
+    not lie in one piece, at addresses that 16 divides.
     """
-    left = AHEAD // PIECE.value if N == 1 else 0
+    left = AHEAD // PIECE.value
     weights: list[Tensor] = []
     pieces: list[int] = []
     for w in ahead[:3]:
@@ -271,8 +285,9 @@ def product_rows_triton(
     p = x
     if norm is not None or gate is not None or swish:
         p = torch.empty(N, K, dtype=x.dtype, device=x.device)
-        _prepare[(N,)](
-            x, norm, gate, p, eps, x.stride(0), 0 if gate is None else gate.stride(0),
+        more, ahead = asking([weight])
+        _prepare[(N + more,)](
+            x, norm, gate, p, eps, x.stride(0), 0 if gate is None else gate.stride(0), N, *ahead,
             num_warps=4, **sizes, **begin,
         )  # fmt: skip
     if residual is not None and not pair:
@@ -281,7 +296,7 @@ def product_rows_triton(
     if not pair:
         return y
     made = torch.empty(N, R, dtype=x.dtype, device=x.device)
-    _pair[(triton.cdiv(N * R, 1024),)](y, made, R, N * R, BLOCK=1024, num_warps=4, **begin)
+    _pair[(N, triton.cdiv(R, 1024))](y, made, R, BLOCK=1024, num_warps=4, **begin)
     return made if residual is None else made + residual
 
 
@@ -290,16 +305,20 @@ def greedy_rows_triton(
     into: Next,
 ) -> None:  # fmt: skip
     """`greedy_rows` on a CUDA device; the arguments are taken to be right."""
-    R, K = weight.shape
+    N, (R, K) = len(x), weight.shape
     D, begin = triton.next_power_of_2(K), launch_options(x.device)
-    rows, warps = _rows_of_one(R, D, False)
-    parts = triton.cdiv(R, rows)
-    best = torch.empty(parts, dtype=torch.int64, device=x.device)
-    _one[(parts,)](
-        x, weight, norm, None, None, None, best, eps, R, GROUPS=1, GP=1, D=K, DP=D, RB=rows,
-        SWISH=False, PAIR=False, num_warps=warps, **begin,
-    )  # fmt: skip
-    _take[(1,)](
-        best, embedding, *into, scale, PARTS=parts,
-        BLOCK=min(RANKS, triton.next_power_of_2(parts)), D=K, DP=D, num_warps=8, **begin,
+    if N == 1:
+        rows, warps = _rows_of_one(R, D, False)
+        best = torch.empty(1, triton.cdiv(R, rows), dtype=torch.int64, device=x.device)
+        _one[(best.shape[1],)](
+            x, weight, norm, None, None, None, best, eps, R, GROUPS=1, GP=1, D=K, DP=D, RB=rows,
+            SWISH=False, PAIR=False, num_warps=warps, **begin,
+        )  # fmt: skip
+    else:
+        best = product_rows_triton(x, weight, norm, eps, 1, None, False, False, None)
+    parts = best.shape[1]
+    block = min(RANKS, triton.next_power_of_2(parts))
+    _take[(N,)](
+        best, embedding, *into, scale, into.made.shape[1], PARTS=parts, BLOCK=block, D=K, DP=D,
+        num_warps=max(4, block // 512), **begin,
     )  # fmt: skip

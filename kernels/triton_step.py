@@ -15,8 +15,10 @@ have ended but the one just before (triton_rows.py), which makes q, k, v and l; 
 this kernel, one token ago. Without (3) the launch just before may be this one, on the same state,
 so S is read behind the wait.
 
-Measured on an H100 inside a CUDA graph, 4 heads, K 128, V 256, bf16: N = 1 2.6 us, N = 64 23 us (67
-MB; floor 22).
+S is read again after all other weights and states were, so it is the first to leave the cache.
+
+Measured on an H100 inside a CUDA graph, 4 heads, K 128, V 256, bf16: N = 1 2.6 us, N = 64 27.7 us
+of states that no cache has (67 MB; floor 22; the library multiplies so much in place in 24.3).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -35,7 +37,7 @@ from glactl.kernels.triton_edges import log_sigma, sigma
 from glactl.kernels.triton_rows import ask, asking, launch_options
 
 PROGRAMS = 264  # two a multiprocessor of an H100
-TILE = 16384  # state elements a program holds at most
+TILE = 2048  # state elements a program holds, more where K is above 256: see `column_tile`
 
 
 @triton.jit
@@ -77,7 +79,7 @@ def _gla_step(
     if low is not None:
         row = (head * K + kk).to(tl.int64)
         in_up = (j < RANK)[:, None] & in_k[None, :]
-        S = tl.load(here, mask=inside, other=0.0)
+        S = tl.load(here, mask=inside, other=0.0, eviction_policy="evict_first")
         U = tl.load(up + row[None, :] * RANK + j[:, None], mask=in_up, other=0.0)
         shift = tl.load(bias + row, mask=in_k, other=0.0)
     if EARLY:
@@ -85,7 +87,7 @@ def _gla_step(
         gdc_launch_dependents()
     # all loads, then what is done with them: a conversion holds up the loads behind it
     if low is None:
-        S = tl.load(here, mask=inside, other=0.0)
+        S = tl.load(here, mask=inside, other=0.0, eviction_policy="evict_first")
     else:
         x = tl.load(low + n * low_row + j, mask=j < RANK, other=0.0)
     q += n * q_row + head * R * K
@@ -108,7 +110,7 @@ def _gla_step(
             Q = tl.load(q + r * K + kk, mask=in_k, other=0.0)
         out = scale * tl.sum(S * feature(Q.to(dtype), MAP)[:, None], 0)
         tl.store(o + (at * R + r) * V + vv, out, mask=in_v)
-    tl.store(here, S, mask=inside)
+    tl.store(here, S, mask=inside, cache_modifier=".cs")
 
 
 class LowRank(NamedTuple):
@@ -139,12 +141,13 @@ def rows_apart(x: Tensor) -> Tensor:
 
 
 def column_tile(programs: int, K: int, V: int) -> int:
-    """Columns of V a program of (1) takes: 64, halved while that leaves multiprocessors idle or
-    the tile over 128 registers a thread, down to the 8 columns of one memory sector."""
-    width = min(64, triton.next_power_of_2(V))
-    while width > 8 and (
-        programs * triton.cdiv(V, width) < PROGRAMS or triton.next_power_of_2(K) * width > TILE
-    ):
+    """Columns of V a program of (1) takes: a tile of TILE elements, halved while that leaves
+    multiprocessors idle, but no fewer than the 8 columns of one memory sector.
+
+    Of 64 sequences with 4 heads, K 128, 64 columns took 33.1 us, 32 30.4, 16 28.5 (4 warps).
+    """
+    width = min(max(8, TILE // triton.next_power_of_2(K)), triton.next_power_of_2(V))
+    while width > 8 and programs * triton.cdiv(V, width) < PROGRAMS:
         width //= 2
     return width
 
@@ -183,7 +186,7 @@ def gla_step_triton(
     low, up, bias, c = low_rank or (None, None, None, 1.0)
     rank = 1 if up is None else up.shape[1]
     programs = N * H * triton.cdiv(V, width)
-    more, weights = asking(N, ahead)
+    more, weights = asking(ahead if N == 1 else ())  # states of more rows keep memory busy
     _gla_step[(programs + more,)](
         q, k, v, *_contiguous(gk, gv, g), low, up, bias, state, o,
         K**-0.5 if scale is None else scale, c,

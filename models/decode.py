@@ -173,16 +173,17 @@ class Stepper:
         |                                                  | one row       | more          |
         |--------------------------------------------------|---------------|---------------|
         | norm; q, k, v, gate's and output gate's products | 1             | 2             |
-        | feature maps, log gate, the mixer's step         | GLA 1, GSA 2  | 1             |
+        | feature maps, log gate, the mixer's step         | GLA 1, GSA 2  | 1 (attn. 2)   |
         | norm, output gate, out, residual                 | 1             | 2             |
         | norm; gate, up, silu, product                    | 1             | 3             |
         | down, residual                                   | 1             | 1             |
         | all of a layer                                   | GLA 5, GSA 6  | 9             |
-        | once: last norm, head, greedy draw, embedding    | 2             | as they come  |
+        | once: last norm, head, greedy draw, embedding    | 2             | 3             |
 
-    Other mixers, norms and channel mixers launch what their `step` does. The 2 are of draws that
-    `Greedy` takes; else the embedding, the last norm, the head, the draw (one kernel if greedy),
-    the count of places and four for x and u come one by one.
+    Attention's step is two launches of any number of rows. Other mixers, norms and channel mixers
+    launch what their `step` does. The last line is of draws that `Greedy` takes; else the
+    embedding, the last norm, the head, the draw (one kernel if greedy), the count of places and
+    four for x and u come one by one.
 
     Args:
         lm: the model, in evaluation mode.
@@ -190,7 +191,7 @@ class Stepper:
         state: S of N sequences; it is used up.
         sampler: of N rows, started.
         room: the most tokens to come; softmax attention keeps room for them where steps are
-            captured, and each step then reads all of that room.
+            captured.
         vocab: ids below it may be drawn; None: all that the model has.
         block: the most steps of one `run`.
         read: `lm.step` or a compiled form of it; None: lm.step.
@@ -220,10 +221,10 @@ class Stepper:
         self._token = token.clone()
         self._u = torch.zeros(N, block, device=device)
         self._made = torch.zeros(N, block, device=device, dtype=torch.int64)
-        self._slot = torch.zeros(1, device=device, dtype=torch.int64)
+        self._slot = torch.zeros_like(token)
         self._graph = Graph(device) if self.captured else None
         self._greedy = None
-        if joined and Greedy.takes(lm, sampler.sampling, N):
+        if joined and Greedy.takes(lm, sampler.sampling):
             buffers = self._token, state.position, self._made, self._slot
             self._greedy = Greedy(lm, *buffers, vocab)
 
@@ -267,10 +268,10 @@ class Stepper:
                 self._greedy(self.state)
                 return
             hidden = (self.read or self.lm.step)(self._token, self.state)
-        u = self._u.index_select(1, self._slot).squeeze(1)
+        u = self._u.gather(1, self._slot[:, None]).squeeze(1)
         token = self.sampler.draw(self.lm.logits(hidden)[:, : self.vocab], u)  # (1)
         self._token.copy_(token)
-        self._made.index_copy_(1, self._slot, token[:, None])
+        self._made.scatter_(1, self._slot[:, None], token[:, None])
         self._slot += 1
 
 

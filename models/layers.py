@@ -10,9 +10,10 @@
     log gate   log a = log sigmoid(x) / normalizer                                     (6)
     read-out   y = w * n(x) * silu(gate) or w * n(silu(x)), n(x) = x / sqrt(mean(x^2) + eps)  (7)
 
-(1), (6) and (7) are one function each: torch.compile fuses such a function into one kernel each
-way, and outside of a compiled region on a CUDA device `glactl.kernels.triton_edges` is that kernel.
-They are computed in fp32 at least, whatever the inputs and whatever autocast says.
+(1), (3), (6), (7) and the product of swiglu in (5) are one function each: torch.compile fuses such
+a function into one kernel each way, and outside of a compiled region on a CUDA device that kernel
+is in `glactl.kernels.triton_edges` or, of (3), `triton_rotary`. (1), (6) and (7) are computed in
+fp32 at least, whatever the inputs and whatever autocast says.
 
 No function here waits for a GPU: values are looked at where they are on the CPU.
 
@@ -27,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from glactl.kernels.attention import rotate_reference
 from glactl.kernels.backend import launches
 from glactl.kernels.rows import product_rows
 from glactl.models.joined import whole
@@ -219,12 +221,11 @@ def rotate(x: Tensor, place: Tensor, theta: float) -> Tensor:
     Returns:
         (3), in x's dtype; the angles are computed in fp32 or wider.
     """
-    d = x.shape[-1]
-    f = theta ** (-torch.arange(0, d, 2, device=x.device, dtype=wide(x.dtype)) / d)
-    angle = (place[..., None] * f)[..., None, :]  # (..., 1, d / 2)
-    cos, sin = angle.cos(), angle.sin()
-    a, b = x.to(f.dtype).chunk(2, -1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)  # (3)
+    if launches(x):
+        from glactl.kernels.triton_rotary import rotate_triton
+
+        return rotate_triton(x, place, theta)
+    return rotate_reference(x, place, theta)  # (3)
 
 
 class ShortConv(nn.Module):
@@ -296,7 +297,14 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
-        y: Tensor = self.down(self.act(self.gate(x)) * self.up(x))  # (5)
+        gate, up = self.gate(x), self.up(x)
+        if self.act is F.silu and launches(gate):
+            from glactl.kernels.triton_edges import glu_triton
+
+            inner = glu_triton(gate, up)
+        else:
+            inner = self.act(gate) * up
+        y: Tensor = self.down(inner)  # (5)
         return y
 
     def together(self) -> list[nn.Linear]:

@@ -91,7 +91,8 @@ class Block(nn.Module):
         """(N, d) -> (N, d); `state` is updated in place."""
         joined = getattr(self.mixer, "joined_step", None)  # see glactl.models.joined
         if self.conv is None and joined is not None and isinstance(self.norm, RMSNorm):
-            made = joined(h, self.norm, state, () if self.ffn is None else self.ffn.ahead())
+            ahead = () if self.ffn is None else self.ffn.ahead()
+            made = joined(h, self.norm, state, longest, ahead)
             if made is not None:
                 return self._channels(made)
         x = self.norm(h)

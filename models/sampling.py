@@ -130,7 +130,10 @@ class Sampler:
         Cost: a sort of every row where (2) or (3) leave tokens out. The sums of (5) are in fp64, so
         that the order in which a device adds up does not choose the token.
         """
-        s, z = self.sampling, logits.float()
+        s = self.sampling
+        if s.largest:
+            return logits.argmax(-1)
+        z = logits.float()
         if self._seen is not None:
             r = s.repetition_penalty
             z = torch.where(self._seen, torch.where(z > 0, z / r, z * r), z)  # (1)

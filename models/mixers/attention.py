@@ -10,7 +10,8 @@ No product has a bias; without rope the rotation is left out. With kv_heads, tha
 and v, and each is read by heads / kv_heads heads of q.
 
 Source: LLaMA's attention, Touvron et al. 2023, arXiv:2302.13971; kv_heads: Ainslie et al. 2023,
-arXiv:2305.13245. (2) itself is torch's scaled_dot_product_attention.
+arXiv:2305.13245. (2) itself is torch's scaled_dot_product_attention, and of one token
+`glactl.kernels.attention`.
 
 No mask is ever quadratic in more than a sequence. Packed sequences on a GPU are one call of a fused
 kernel that reads their bounds on the device (`glactl.models.varlen`), so nothing waits for it. On
@@ -20,7 +21,7 @@ window, queries are taken in blocks of that many, each with the keys of its bloc
 before it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -28,8 +29,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from glactl.kernels.attention import attention_step
+from glactl.kernels.rows import product_rows
 from glactl.models import spec
-from glactl.models.layers import FP32, Cost, Layout, State, layout, linear_cost, rotate
+from glactl.models.joined import whole
+from glactl.models.layers import (
+    FP32,
+    Cost,
+    Layout,
+    RMSNorm,
+    State,
+    layout,
+    linear_cost,
+    rotate,
+)
 from glactl.models.mixers import base
 from glactl.models.mixers.base import ALONE, INT64, Depth
 from glactl.models.varlen import fits, varlen
@@ -140,32 +153,50 @@ class Attention(nn.Module):
         return y, None if state is None else self._append(state, k, v, at, place, longest)
 
     def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
-        """One token a sequence, (N, d) -> (N, d); `state` is updated in place.
+        """One token a sequence, (N, d) -> (N, d); `state` is updated in place, without gradients.
 
-        `longest` is as of `forward`. Cost: O(L d); a state without a window that is full is copied
-        once in 64 steps, to grow.
+        `longest` is as of `forward`. Cost: as of `attention_step`; a state without a window that is
+        full is copied once in 64 steps, to grow.
         """
-        length = state["length"]
-        q, k, v = self._project(x, length)
-        row = length
-        if self.window is not None:
-            row = length % self.window
-        else:
+        if self.window is None:
+            length = state["length"]
             need = (_largest(length) + 1 if longest is None else longest) - state["k"].shape[1]
             for name in ("k", "v") if need > 0 else ():
                 state[name] = F.pad(state[name], (0, 0, 0, 0, 0, max(GROWTH, need)))
-        n = torch.arange(len(length), device=x.device)
-        for name, new in (("k", k), ("v", v)):  # autocast makes them of another type
-            state[name][n, row] = new.to(state[name].dtype)
-        length += 1
-        held = torch.arange(state["k"].shape[1], device=x.device) < length[:, None]
-        o = self._sdpa(q[:, None], state["k"], state["v"], held[:, None])  # (2)
-        y: Tensor = self.out(o.flatten(1))  # (3)
+        q, k, v = (part(x) for part in self.together())
+        y: Tensor = self.out(self._one(q, k, v, state))  # (3)
         return y
+
+    def together(self) -> list[nn.Linear]:
+        """Products of the same input; see `glactl.models.joined`."""
+        return [self.q, self.k, self.v]
+
+    def joined_step(
+        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
+    ) -> Tensor | None:
+        """h (N, d) plus the layer's step for its norm; None where nothing is joined, or where a
+        state without a window has no room for `longest` tokens.
+
+        `state` is updated in place; `longest` is as of `forward`. `ahead` is not asked for: keys
+        and values keep memory busy. Two launches and those of `attention_step`, or three of more
+        rows.
+        """
+        matrix, L = whole(self.q), state["k"].shape[1]
+        if matrix is None or (self.window is None and longest > L):
+            return None
+        z = product_rows(h, matrix, norm=norm.weight, eps=norm.eps)
+        q, k, v = z.split([layer.out_features for layer in self.together()], 1)
+        return product_rows(self._one(q, k, v, state), self.out.weight, residual=h)  # (3)
+
+    def _one(self, q: Tensor, k: Tensor, v: Tensor, state: State) -> Tensor:
+        """(1) and (2) of one token a sequence: o (N, d) of q, k, v before the rotation, (N, ..)."""
+        q, k, v = (x.unflatten(1, (-1, self.D)) for x in (q, k, v))
+        held = state["k"], state["v"]
+        return attention_step(q, k, v, held, state["length"], self.theta).flatten(1)
 
     def _project(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., heads, D), k and v (..., kv_heads, D), at places (...)."""
-        q, k, v = (part(x).unflatten(-1, (-1, self.D)) for part in (self.q, self.k, self.v))
+        q, k, v = (part(x).unflatten(-1, (-1, self.D)) for part in self.together())
         if self.theta is not None:
             q, k = rotate(q, place, self.theta), rotate(k, place, self.theta)  # (1)
         return q, k, v

@@ -135,7 +135,7 @@ class GLA(base.Linear):
         return [self.q, self.k, self.v, self.gate_down, self.r]
 
     def joined_step(
-        self, h: Tensor, norm: RMSNorm, state: State, ahead: Sequence[Tensor] = ()
+        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
     ) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm, in three launches; None where nothing is
         joined. `state` is updated in place; the launches behind it read the weights `ahead`."""

@@ -181,7 +181,7 @@ class GSA(nn.Module):
         return [self.q, self.k, self.v, self.gate] if published else []
 
     def joined_step(
-        self, h: Tensor, norm: RMSNorm, state: State, ahead: Sequence[Tensor] = ()
+        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
     ) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm, in three or four launches; None where
         nothing is joined. `state` is updated in place; the launches behind it read the weights

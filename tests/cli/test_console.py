@@ -166,6 +166,15 @@ def test_an_absent_device_is_the_environments_fault():
         pick_device("cuda:99")
 
 
+def test_a_gpu_without_a_number_is_any(monkeypatch):
+    """Which several processes, and sweeps on all GPUs, need."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [pick_device(name).index for name in (None, "cuda", "cuda:0", "cuda:1")] == [
+        None, None, 0, 1,
+    ]  # fmt: skip
+
+
 def test_the_device_comes_from_the_environment(monkeypatch):
     monkeypatch.setenv("GLACTL_DEVICE", "cpu")
     assert pick_device().type == "cpu"

@@ -61,7 +61,8 @@ def compile_for(cc, fn, args, kwargs):
         log = subprocess.run([get_ptxas(cc).path, "-v", gpu, ptx, "-o", "/dev/null"],
                              capture_output=True, text=True, check=True).stderr
     spilled = int(re.search(r"(\d+) bytes spill stores", log).group(1))
-    return fn.__name__, spilled, built.metadata.shared
+    streamed = all(hint in built.asm["ptx"] for hint in ("evict_first", "st.global.cs"))
+    return fn.__name__, spilled, built.metadata.shared, streamed
 
 row = torch.bfloat16
 q, k, g = (torch.empty(1, T, 2, K, dtype=row) for _ in range(3))
@@ -133,9 +134,9 @@ from glactl.kernels.triton_rows import greedy_rows_triton, product_rows_triton
 d, hidden = 4 * V, 12 * V
 new = lambda *shape: torch.empty(*shape, dtype=row)
 whole = lambda *shape: torch.empty(*shape, dtype=torch.int64)
-into = Next(whole(1), whole(1, 16), whole(1), whole(1), new(1, d))
-greedy_rows_triton(new(1, d), new(32000, d), new(d), 1e-5, new(32000, d), 1.0, into)
 for N in (1, 64):
+    into = Next(whole(N), whole(N, 16), whole(N), whole(N), new(N, d))
+    greedy_rows_triton(new(N, d), new(32000, d), new(d), 1e-5, new(32000, d), 1.0, into)
     x, w, z = new(N, d), new(d), new(N, d)
     product_rows_triton(x, new(3 * d + 16, d), w, 1e-5, 1, None, False, False, None)
     product_rows_triton(x, new(d, d), new(V), 1e-5, 4, z, False, False, x)
@@ -144,6 +145,20 @@ for N in (1, 64):
     product_rows_triton(new(N, hidden), new(d, hidden), None, 0.0, 1, None, False, False, x)
 """,
         "_one _prepare _pair _take",
+    ),
+    "attention": (
+        "triton_attention,triton_rotary",
+        """
+from glactl.kernels.triton_attention import attention_step_triton
+from glactl.kernels.triton_rotary import rotate_triton
+for N in (1, 80):
+    for heads in (4, 16):
+        new = lambda H: torch.empty(N, H, K, dtype=row)
+        state, p = [torch.empty(N, 1024, 4, K, dtype=row) for _ in "kv"], torch.zeros(N).long()
+        attention_step_triton(new(heads), new(4), new(4), state, p, 1e4)
+rotate_triton(q, torch.zeros(1, T).long(), 1e4)
+""",
+        "_step _merge _rotate",
     ),
     "scan": (
         "triton_scan_forward,triton_scan_backward",
@@ -190,6 +205,7 @@ MAY_SPILL |= {("slots", name, 80) for name in ("walk", "gradients")}  # not time
 # `_one` spills 8 bytes of a gated row of 2,048.
 MAY_SPILL |= {("rows", "_one", cc) for cc in SHARED}
 MAY_SPILL |= {("scan", name, cc) for name in ("outputs", "gradients") for cc in SHARED}
+STREAMED = {"_gla_step", "_gsa_step"}  # whose states are the first to leave the cache
 
 
 @pytest.mark.slow
@@ -210,6 +226,7 @@ def test_shipped_launches_compile_within_budget(engine: str, cc: int, K: int, V:
     assert run.returncode == 0, run.stderr[-2000:]
     built = json.loads(run.stdout.splitlines()[-1])
     assert {name for name, *_ in built} == set(kernels)
-    for name, spilled, shared in built:
+    for name, spilled, shared, streamed in built:
+        assert streamed == (name in STREAMED), f"hints on the states of {name}: {streamed}"
         assert shared <= SHARED[cc], f"{name} wants {shared} bytes of shared memory"
         assert spilled == 0 or (engine, name, cc) in MAY_SPILL, f"{name} spills {spilled} bytes"

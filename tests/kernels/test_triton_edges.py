@@ -11,8 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 from glactl.kernels import triton_edges
-from glactl.kernels.triton_edges import log_gate_triton, rms_norm_triton
-from glactl.models.layers import log_gate, rms_norm
+from glactl.kernels.triton_edges import glu_triton, log_gate_triton, rms_norm_triton
+from glactl.models.layers import GLU, log_gate, rms_norm
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -90,6 +90,49 @@ def check_norm(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
         assert_close(a, b, rows if name == "dw" else shape[-1], name, rms(truth[0]))
 
 
+def check_glu(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, u, dy = (make(*shape, seed=i, dtype=dtype) for i in range(3))
+    ours = with_gradients(glu_triton, [4 * x, u], dy)
+    truth = with_gradients(
+        lambda x, u: torch.nn.functional.silu(x) * u, [4 * x.double(), u.double()], dy.double()
+    )
+    assert [y.dtype for y in ours] == [dtype] * 3
+    for a, b, name in zip(ours, truth, ("y", "dx", "du"), strict=True):
+        assert_close(a, b, 1, name)
+
+
+@runs
+@pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (2, 1030)], ids=str)
+def test_the_product_of_a_glu_is_its_definition(shape) -> None:
+    check_glu(shape, torch.float32)
+
+
+@runs
+def test_closed_and_open_gates_of_a_glu_have_gradients() -> None:
+    x = torch.tensor([0.0, 1e4, -1e4, 80.0, -80.0], device=DEVICE)
+    u = torch.full_like(x, 3.0)
+    y, dx, du = with_gradients(glu_triton, [x, u], torch.ones_like(x))
+    assert y.tolist() == pytest.approx([0, 3e4, 0, 240, 0])
+    assert dx.tolist() == pytest.approx([1.5, 3, 0, 3, 0])
+    assert du.tolist() == pytest.approx([0, 1e4, 0, 80, 0])
+
+
+@runs
+@pytest.mark.parametrize("kind", ["swiglu", "glu"])
+def test_a_channel_mixer_takes_the_launch_that_is_its_own(kind, monkeypatch) -> None:
+    """silu alone has one; the others and compiled regions are plain torch."""
+    m, x = GLU(16, 24, kind).to(DEVICE), make(5, 16, seed=0)
+    plain, calls = with_gradients(m, [x], x), []
+    monkeypatch.setattr("glactl.models.layers.launches", lambda x: True)
+    product = glu_triton
+    monkeypatch.setattr(
+        triton_edges, "glu_triton", lambda x, u: (calls.append(1), product(x, u))[1]
+    )
+    for ours, truth, name in zip(with_gradients(m, [x], x), plain, ("y", "dx"), strict=True):
+        assert_close(ours, truth.double(), 24, name)
+    assert len(calls) == (kind == "swiglu")
+
+
 @runs
 @pytest.mark.parametrize("shape", [(1,), (3, 7, 5), (2, 1030)], ids=str)
 def test_the_log_gate_is_its_definition(shape) -> None:
@@ -143,6 +186,13 @@ def test_gpu_log_gate(dtype) -> None:
     check_log_gate((3, 1000, 4, 256), dtype)
 
 
+@gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_gpu_glu(dtype) -> None:
+    check_glu((3000, 2816), dtype)
+
+
 # Compiled in a process of its own, as in test_triton_compile: the interpreter cannot.
 SCRIPT = r"""
 import json, os, re, subprocess, tempfile
@@ -174,6 +224,9 @@ row, found = "*bf16", {}
 flat = {"x": row, "y": "*fp32", "dy": "*fp32", "dx": row, "c": "fp32", "size": "i32"}
 found["gate"] = build("_log_gate", flat, {"N": edges.FLAT}, 4)
 found["gate back"] = build("_log_gate_back", flat, {"N": edges.FLAT}, 4)
+pair = {n: row for n in ("x", "u", "y", "dy", "dx", "du")} | {"size": "i32"}
+found["glu"] = build("_glu", pair, {"N": edges.FLAT}, 4)
+found["glu back"] = build("_glu_back", pair, {"N": edges.FLAT}, 4)
 for D in (64, 512, 2048, 4096, 8192):
     wide, rows, warps = edges._tile(D)
     for kind in ("gate", "swish"):

@@ -98,11 +98,15 @@ def test_entries_that_lie_apart_are_refused() -> None:
 
 
 def greedy(
-    x: torch.Tensor, W: torch.Tensor, E: torch.Tensor, norm: torch.Tensor, eps: float, slot: int
-) -> Next:
-    """What the end of a greedy step leaves behind: by the kernels, in fp64 by the definition."""
+    x: torch.Tensor, W: torch.Tensor, E: torch.Tensor, norm: torch.Tensor, eps: float,
+    slot: list[int] | None = None,
+) -> Next:  # fmt: skip
+    """What the end of a greedy step leaves behind: by the kernels, in fp64 by the definition. The
+    embeddings come in the place of x, as they may."""
     whole = lambda *values: torch.tensor(values, device=x.device)  # noqa: E731
-    into = Next(whole(-1), whole([-1] * 4), whole(slot), whole(7), torch.full_like(x, torch.nan))
+    N = len(x)
+    made, place = whole(*[[-1] * 4] * N), whole(*slot or [0] * N)
+    into = Next(whole(*[-1] * N), made, place, whole(*range(7, 7 + N)), x)
     if x.dtype == torch.float64:
         greedy_rows(x, W, norm=norm, eps=eps, embedding=E, scale=0.5, into=into)
     else:
@@ -110,10 +114,10 @@ def greedy(
     return into
 
 
-def taken(z: torch.Tensor) -> int:
-    """The token of these logits: of width 1, the norm of 1 is 1."""
-    one = torch.ones(1, 1, device=DEVICE, dtype=z.dtype)
-    return int(greedy(one, z[:, None], z[:, None], one[0], 0.0, 0).token)
+def taken(z: torch.Tensor, signs: tuple[float, ...] = (1.0,)) -> list[int]:
+    """The tokens of these logits times the signs: of width 1, the norm of a row is its sign."""
+    x = torch.tensor(signs, device=DEVICE, dtype=z.dtype)[:, None]
+    return greedy(x, z[:, None], z[:, None], torch.ones_like(x[0]), 0.0).token.tolist()
 
 
 INF, NAN = float("inf"), float("nan")
@@ -140,8 +144,19 @@ def test_the_first_of_the_largest_is_taken(
     monkeypatch.setattr(triton_rows, "_rows_of_one", lambda *_: (rows, 4))
     monkeypatch.setattr(triton_rows, "RANKS", ranks)
     z = torch.tensor(LOGITS[name], device=DEVICE)
-    assert taken(z) == int(z.cpu().argmax())
-    assert taken(torch.where(z.isnan(), -z.abs(), z)) == int(z.cpu().argmax())
+    assert taken(z) == [int(z.cpu().argmax())]
+    assert taken(torch.where(z.isnan(), -z.abs(), z)) == [int(z.cpu().argmax())]
+
+
+@pytest.mark.parametrize("ranks", [4, 4096])
+@pytest.mark.parametrize("name", LOGITS)
+def test_every_row_takes_its_first_of_the_largest(
+    name: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_rows, "RANKS", ranks)
+    z = torch.tensor(LOGITS[name], device=DEVICE)
+    expected = [int((sign * z).cpu().argmax()) for sign in (1, -1, 1)]
+    assert taken(z, (1.0, -1.0, 1.0)) == expected
 
 
 @triton.jit
@@ -160,28 +175,34 @@ def test_ranks_order_numbers_and_equals_by_their_place(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_logits_are_compared_in_their_type(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("N", [1, 3])
+def test_logits_are_compared_in_their_type(dtype: torch.dtype, N: int) -> None:
     """1 and 1.001, which are one number in bf16."""
-    x, norm = torch.ones(1, 2, device=DEVICE, dtype=dtype), torch.ones(2, device=DEVICE).to(dtype)
+    x, norm = torch.ones(N, 2, device=DEVICE, dtype=dtype), torch.ones(2, device=DEVICE).to(dtype)
     W = torch.tensor([[0.0, 0.5], [1.0, 0.0], [1.0, 1e-3]], device=DEVICE).to(dtype)
-    assert greedy(x, W, W, norm, 0.0, 0).token.item() == (1 if dtype == torch.bfloat16 else 2)
+    assert greedy(x, W, W, norm, 0.0).token.tolist() == [1 if dtype == torch.bfloat16 else 2] * N
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_end_of_a_greedy_step(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("slots", [[2], [1, 0, 3, 2, 2]], ids=str)
+def test_the_end_of_a_greedy_step(slots: list[int], dtype: torch.dtype) -> None:
     """By the kernels, and by the definition."""
-    g = torch.Generator().manual_seed(0)
+    g, N = torch.Generator().manual_seed(0), len(slots)
     x, norm, W, E = (
-        torch.randn(*s, generator=g).to(dtype) for s in ((1, 20), (20,), (33, 20), (40, 20))
+        torch.randn(*s, generator=g).to(dtype) for s in ((N, 20), (20,), (33, 20), (40, 20))
     )
     z = product_rows_reference(x.double(), W.double(), norm=norm.double(), eps=1e-5)
-    j = int(z.argmax())
+    j = z.argmax(1).tolist()
+    assert N == 1 or len(set(j)) > 2
     device = DEVICE if dtype == torch.float32 else "cpu"
-    into = greedy(*(t.to(device) for t in (x, W, E, norm)), 1e-5, 2)
-    assert into.token.tolist() == [j]
-    assert into.made.tolist() == [[-1, -1, j, -1]]
-    assert (into.slot.tolist(), into.position.tolist()) == ([3], [8])
-    assert torch.equal(into.h.cpu(), 0.5 * E[j][None])
+    into = greedy(*(t.to(device) for t in (x, W, E, norm)), 1e-5, slots)
+    assert into.token.tolist() == j
+    made = torch.full((N, 4), -1)
+    made[range(N), slots] = torch.tensor(j)
+    assert into.made.tolist() == made.tolist()
+    assert into.slot.tolist() == [slot + 1 for slot in slots]
+    assert into.position.tolist() == list(range(8, 8 + N))
+    assert torch.equal(into.h.cpu(), 0.5 * E[j])
 
 
 @triton.jit
@@ -194,7 +215,7 @@ def _addresses(to, a, b, c, in_a, in_b, in_c, N: tl.constexpr):
 def test_weights_are_asked_for_piece_by_piece_in_their_order(sizes: tuple[int, ...]) -> None:
     """And what is no whole piece is not."""
     ahead = [torch.zeros(size // 2, dtype=torch.bfloat16, device=DEVICE) for size in sizes]
-    programs, arguments = asking(1, ahead)
+    programs, arguments = asking(ahead)
     found = torch.zeros(16, dtype=torch.int64, device=DEVICE)
     _addresses[(1,)](found, *arguments, N=16)
     expected = [w.data_ptr() + 1024 * i for w in ahead for i in range(w.nbytes // 1024)]
@@ -206,29 +227,42 @@ def test_what_is_asked_for_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_rows, "AHEAD", 200 * 1024)
     w = torch.zeros(160, 512, dtype=torch.bfloat16, device=DEVICE)
     first = w[:1]
-    assert asking(1, [w, w]) == (2, [w, w, None, 160, 40, 0])
-    assert asking(1, [w, w, w]) == (2, [w, w, None, 160, 40, 0])
+    assert asking([w, w]) == (2, [w, w, None, 160, 40, 0])
+    assert asking([w, w, w]) == (2, [w, w, None, 160, 40, 0])
     nothing = 0, [None, None, None, 0, 0, 0]
-    assert asking(2, [w]) == nothing  # rows whose states keep memory busy
-    assert asking(1, []) == nothing
-    assert asking(1, [w.T, w.flatten()[1:]]) == nothing  # in parts; at an odd address
-    assert asking(1, [w.T, first]) == (1, [first, None, None, 1, 0, 0])
+    assert asking([]) == nothing
+    assert asking([w.T, w.flatten()[1:]]) == nothing  # in parts; at an odd address
+    assert asking([w.T, first]) == (1, [first, None, None, 1, 0, 0])
+
+
+def test_a_norm_of_rows_asks_for_the_weight_of_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In programs of its own, which change nothing."""
+    seen = []
+    monkeypatch.setattr(triton_rows, "asking", lambda ahead: (seen.extend(ahead), asking(ahead))[1])
+    x, weight, options = inputs((3, 300, 40, {"norm": True}), torch.float32)
+    more = options["norm"], 0.0, 1, None, False, False, None
+    found = product_rows_triton(x, weight, *more)
+    assert [w.data_ptr() for w in seen] == [weight.data_ptr()]
+    assert asking(seen)[0] == 1
+    monkeypatch.setattr(triton_rows, "AHEAD", 0)
+    assert torch.equal(product_rows_triton(x, weight, *more), found)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not CUDA, reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("R", "K"), [(32000, 1024), (50257, 2048), (11, 40)])
-def test_gpu_takes_the_largest(R: int, K: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("N", [1, 64])
+def test_gpu_takes_the_largest(N: int, R: int, K: int, dtype: torch.dtype) -> None:
     """To the error of both logits, of `check`."""
-    x, W, options = inputs((1, R, K, {"norm": True}), dtype)
-    into = greedy(x.contiguous(), W, W, options["norm"], 1e-5, 0)
+    x, W, options = inputs((N, R, K, {"norm": True}), dtype)
     wide = (t.double() for t in (x, W, options["norm"]))
-    z = product_rows_reference(next(wide), next(wide), norm=next(wide), eps=1e-5)[0]
-    j = int(into.token)
+    z = product_rows_reference(next(wide), next(wide), norm=next(wide), eps=1e-5)
+    into = greedy(x.clone(memory_format=torch.contiguous_format), W, W, options["norm"], 1e-5)
     error = 4 * torch.finfo(dtype).eps + K**0.5 * torch.finfo(torch.float32).eps
-    assert z.max() - z[j] <= 2 * error * z.abs().max()
-    assert torch.equal(into.h[0], 0.5 * W[j])
+    found = z.gather(1, into.token[:, None])[:, 0]
+    assert (z.amax(1) - found <= 2 * error * z.abs().amax(1)).all()
+    assert torch.equal(into.h, 0.5 * W[into.token])
 
 
 @pytest.mark.gpu

@@ -203,8 +203,9 @@ GREEDY = {"d_model": 16, "n_layers": 2, "mixer": "gsa", "vocab_size": VOCAB, "in
 @pytest.mark.parametrize(
     "more", [{}, {"embedding_scale": 3.0, "tie_embeddings": True}, {"mixer": "attention"}], ids=str
 )
-def test_a_greedy_row_ends_its_steps_by_itself(more, vocab, monkeypatch):
-    """And makes the tokens that it makes with others, or where steps are not captured."""
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_rows_end_their_steps_by_themselves(rows, more, vocab, monkeypatch):
+    """And make the tokens that they make where steps are not captured."""
     lm = build_lm(LMSpec.model_validate(GREEDY | more), 7, dtype=torch.float64).eval()
     monkeypatch.setattr(decoding, "Graph", Replayed)
     made = []
@@ -212,33 +213,41 @@ def test_a_greedy_row_ends_its_steps_by_itself(more, vocab, monkeypatch):
         monkeypatch.setattr(decoding, "captures", lambda device, captured=captured: captured)
         if captured:
             monkeypatch.setattr(LM, "step", None)  # is not called
-        hidden, state = prefill(lm, [[1, 4, 1]])
+        hidden, state = prefill(lm, [[1, 4, 1], [5], [9, 2]][:rows])
         with torch.inference_mode():
-            sampler = Sampler(Sampling(), [0]).start(hidden.device, VOCAB)
+            sampler = Sampler(Sampling(), range(rows)).start(hidden.device, VOCAB)
             first = sampler.draw(lm.logits(hidden)[:, :vocab], sampler.uniform(state.position))
         stepper = Stepper(lm, first, state, sampler, 30, vocab, block=4)
         made.append([stepper.run(n) for n in (4, 1, 3, 4)])
-        assert state.position.tolist() == [15]
+        assert state.position.tolist() == [15, 13, 14][:rows]
         assert state.longest == 15
-        made[-1].append(stepper.keep([0]).run(4))
+        made[-1].append(stepper.keep(range(rows)[-1::-2]).run(4))
     assert made[0] == made[1]
-    assert len({token for part in made[0] for (token,) in part}) > 2
+    assert len({token for part in made[0][:4] for tokens in part for token in tokens}) > 2
 
 
 @pytest.mark.parametrize(
-    ("more", "sampling", "rows"),
+    ("more", "sampling"),
     [
-        ({}, Sampling(), 2),
-        ({}, Sampling(1.0), 1),
-        ({}, Sampling(repetition_penalty=1.5), 1),
-        ({"norm": "layernorm"}, Sampling(), 1),
-        ({"positions": "learned", "max_len": 40}, Sampling(), 1),
+        ({}, Sampling(1.0)),
+        ({}, Sampling(repetition_penalty=1.5)),
+        ({"norm": "layernorm"}, Sampling()),
+        ({"positions": "learned", "max_len": 40}, Sampling()),
     ],
     ids=str,
 )
-def test_what_else_is_not_a_greedy_row(more, sampling, rows):
-    assert Greedy.takes(build_lm(LMSpec.model_validate(GREEDY), 0), Sampling(top_k=3), 1)
-    assert not Greedy.takes(build_lm(LMSpec.model_validate(GREEDY | more), 0), sampling, rows)
+def test_what_is_not_a_greedy_step(more, sampling):
+    assert Greedy.takes(build_lm(LMSpec.model_validate(GREEDY), 0), Sampling(top_k=3))
+    assert not Greedy.takes(build_lm(LMSpec.model_validate(GREEDY | more), 0), sampling)
+
+
+def test_a_greedy_draw_looks_at_logits_as_they_are(monkeypatch):
+    """No copy of them in fp32; 1 and 1.001 are one number in bf16."""
+    monkeypatch.setattr(torch.Tensor, "float", None)  # is not called
+    sampler = Sampler(Sampling(), [0]).start(torch.device("cpu"), 3)
+    logits, u = torch.tensor([[0.5, 1.0, 1.001]]), torch.zeros(1)
+    assert sampler.draw(logits, u).tolist() == [2]
+    assert sampler.draw(logits.bfloat16(), u).tolist() == [1]
 
 
 @pytest.mark.parametrize(
@@ -364,6 +373,20 @@ def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     assert timed == [*first, (1, 9, "greedy"), (3, 9, "greedy")]
     assert all(r["tokens_per_s"] > 0 for r in rows)
     assert [r["prefill"] for r in rows if "prefill" in r] == [40]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mixer", ["attention", "gla", "gsa"])
+def test_gpu_greedy_steps_make_the_tokens_of_others(mixer, monkeypatch):
+    """fp32, in which no two logits are near each other."""
+    spec = LMSpec(d_model=64, n_layers=2, mixer=mixer, vocab_size=VOCAB, init_std=0.3)
+    lm = build_lm(spec, 0, "cuda").eval()
+    made = continued(lm, PROMPTS, 40)
+    alone = continued(lm, PROMPTS[1:2], 40)
+    monkeypatch.setattr(Greedy, "takes", lambda lm, sampling: False)
+    assert continued(lm, PROMPTS, 40) == made
+    assert continued(lm, PROMPTS[1:2], 40) == alone
 
 
 @pytest.mark.gpu

@@ -289,7 +289,8 @@ def test_fresh_weights_are_wider_in_narrow_models():
 
 
 def test_hidden_states_that_are_asked_for_are_those_of_all_of_them():
-    lm = build_lm(LMSpec.model_validate({"d_model": 16, "n_layers": 2, "vocab_size": 11, "mixer": "gla"}), 0)
+    size = {"d_model": 16, "n_layers": 2, "vocab_size": 11}
+    lm = build_lm(LMSpec.model_validate(size | {"mixer": "gla"}), 0)
     tokens = torch.randint(lm.spec.vocab, (3, 7))
     whole, none = lm(tokens)
     asked = torch.tensor([2, 7, 20])

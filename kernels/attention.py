@@ -1,0 +1,88 @@
+r"""Softmax attention of one token, for decoding: a step of each of N sequences.
+
+A sequence that has read p tokens holds keys K_s and values V_s in rows s of a state of L rows, and
+its new token has q, k and v. theta is the base of the rotation, D the width of a head:
+
+    (a, b) -> (a cos pf - b sin pf, a sin pf + b cos pf),  f_i = theta^(-2i/D)               (1)
+    K_r = rotate(k, p),  V_r = v,  r = p mod L                                               (2)
+    o = sum_s softmax_s(rotate(q, p) K_s^T / sqrt(D)) V_s  over s < min(p + 1, L)            (3)
+    p = p + 1                                                                                (4)
+
+a and b are the two halves of a head. A state with room for all tokens has token s in row s; one of
+L rows that are written over is a window of L tokens. Rows from min(p + 1, L) on are never read.
+
+Sources: (1) Su et al. 2021, arXiv:2104.09864, in the two-halves order of LLaMA; fewer heads of keys
+than of queries: Ainslie et al. 2023, arXiv:2305.13245.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glactl.kernels.backend import launches
+
+WIDEST = 256  # D of the Triton kernels
+State = tuple[Tensor, Tensor]  # keys and values
+
+
+@torch.no_grad()
+def attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: State, length: Tensor, theta: float | None = None
+) -> Tensor:
+    """(1) to (4) without gradients.
+
+    Args:
+        q: queries before (1), (N, HQ, D); sequences may lie apart, as in k and v.
+        k: keys before (1), (N, H, D); H divides HQ.
+        v: values, (N, H, D).
+        state: keys, after (1), and values, each (N, L, H, D), L at least 1, in one dtype, to which
+            k and v are rounded; updated in place. Sequences may lie apart, but alike in both.
+        length: p, (N,) int64, 0 or more, below L where the state is no window; updated in place.
+        theta: more than 0; None: no rotation, and D may be odd.
+
+    Returns:
+        o: (N, HQ, D) in v's dtype.
+
+    Raises:
+        ValueError: on a CUDA device, a state where what one sequence has is not in one piece.
+
+    Cost: on a CUDA device the rows that count are read once, up to each sequence's own length, in
+    one launch and one for (4), or in two; else as plain torch, which reads all L rows.
+    """
+    if launches(q) and q.shape[2] <= WIDEST:
+        from glactl.kernels.triton_attention import attention_step_triton
+
+        return attention_step_triton(q, k, v, state, length, theta)
+    return attention_step_reference(q, k, v, state, length, theta)
+
+
+@torch.no_grad()
+def attention_step_reference(
+    q: Tensor, k: Tensor, v: Tensor, state: State, length: Tensor, theta: float | None = None
+) -> Tensor:
+    """(1) to (4) in the state's dtype; arguments and result as of `attention_step`."""
+    if theta is not None:
+        q, k = rotate_reference(q, length, theta), rotate_reference(k, length, theta)  # (1)
+    L = state[0].shape[1]
+    n = torch.arange(len(length), device=q.device)
+    for held, new in zip(state, (k, v), strict=True):
+        held[n, length % L] = new.to(held.dtype)  # (2)
+    length += 1  # (4)
+    counts = torch.arange(L, device=q.device) < length[:, None]
+    keys, values = (held.transpose(1, 2) for held in state)
+    o = F.scaled_dot_product_attention(
+        q[:, :, None].to(keys.dtype), keys, values, attn_mask=counts[:, None, None],
+        enable_gqa=q.shape[1] != k.shape[1],
+    )  # (3)  # fmt: skip
+    return o[:, :, 0].to(v.dtype)
+
+
+def rotate_reference(x: Tensor, place: Tensor, theta: float) -> Tensor:
+    """(1) of x (..., H, D) at places p (...), in x's dtype; the angles are fp32 or wider."""
+    D = x.shape[-1]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    f = theta ** (-torch.arange(0, D, 2, device=x.device, dtype=wide) / D)
+    angle = (place[..., None] * f)[..., None, :]  # (..., 1, D / 2)
+    cos, sin = angle.cos(), angle.sin()
+    a, b = x.to(wide).chunk(2, -1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).to(x.dtype)  # (1)
