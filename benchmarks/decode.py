@@ -25,9 +25,10 @@ from typing import Any
 
 import torch
 
-from glactl.models.decode import BLOCK, PIECE, Stepper, prefill, take
+from glactl.models.decode import PIECE, prefill
 from glactl.models.lm import LM, LMSpec, LMState, build_lm
 from glactl.models.sampling import Sampler, Sampling
+from glactl.models.steps import BLOCK, Stepper, take
 from glactl.spec import load
 
 COPY = 3.02e12  # bytes/s

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from glactl import console
 from glactl.device import Precision, pick_device, precision_on
-from glactl.models.decode import BLOCK, PIECE, decode, prefill, step_error, take
+from glactl.models.decode import PIECE, decode, prefill, step_error
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler, Sampling
+from glactl.models.steps import BLOCK, take
 from glactl.prompts import Answers, read_prompts
 from glactl.run import Run
 from glactl.states import Past, checkpoint_hash, load_past, save_past

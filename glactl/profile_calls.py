@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from glactl.models.cost import LMCost, lm_cost
-from glactl.models.decode import BLOCK, Stepper, prefill
+from glactl.models.decode import prefill
 from glactl.models.layers import linear_cost
 from glactl.models.lm import LM, Block, LMSpec, LMState, build_lm
 from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler, Sampling
+from glactl.models.steps import BLOCK, Stepper
 from glactl.operators import ERROR_T, Shape, error, relative
 from glactl.operators_peers import operator
 from glactl.profile_cases import BOTH, Case

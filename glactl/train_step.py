@@ -22,9 +22,9 @@ from torch import Tensor
 
 from glactl.device import products
 from glactl.distributed import ALONE, Group, syncing
-from glactl.models.decode import WARM, Graph
 from glactl.models.layers import to_device
 from glactl.models.lm import LM
+from glactl.models.steps import WARM, Graph
 from glactl.optim import clip
 from glactl.spec import RunSpec
 from glactl.stages import Stage

@@ -28,9 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.device import products
-from glactl.models.decode import WARM, Graph, captures
 from glactl.models.layers import to_device, wide
 from glactl.models.lm import LM, build_lm
+from glactl.models.steps import WARM, Graph, captures
 from glactl.optim import clip, learning_rate, make_optimizer
 from glactl.spec import RunSpec
 from glactl.stages import packed

@@ -44,6 +44,11 @@ class Greedy:
         has the norm and no more than an embedding before its layers."""
         return isinstance(lm.norm, RMSNorm) and lm.positions is None and sampling.largest
 
+    def begin(self, token: Tensor) -> None:
+        """Go on from other tokens (N,)."""
+        self._into.token.copy_(token)
+        self._into.h.copy_(self._scale * self._lm.embed(token))
+
     def __call__(self, state: LMState) -> None:
         """One step; the layers' states and the buffers are updated in place."""
         h = self._lm.step_layers(self._into.h, state)

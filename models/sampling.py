@@ -116,6 +116,10 @@ class Sampler:
         kept._seen = None if self._seen is None else self._seen[index]
         return kept
 
+    def alike(self, other: "Sampler") -> bool:
+        """Whether both draw the same way, whatever the rows, and remember nothing of them."""
+        return self.sampling == other.sampling and self._seen is None and other._seen is None
+
     def uniform(self, place: Tensor) -> Tensor:
         """u at places (N, ...), fp32: (6)."""
         key = self._key.view(-1, *[1] * (place.ndim - 1))

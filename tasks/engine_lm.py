@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from glactl.models.decode import BLOCK, decode, join, prefill, take
+from glactl.models.decode import decode, prefill
 from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler
+from glactl.models.steps import BLOCK, Again, take
 from glactl.tasks.batching import SHORTEST, Budget, Group, alone, budget, grouped
 from glactl.tasks.engine import Ask, Engine, Pair, Score
 
@@ -31,7 +32,7 @@ LEAST_WEIGHT = 256  # tokens that a row with a state of its own counts as at lea
 LEAST_PIECE = 64  # tokens: where so few do not fit the memory, fewer would not help
 LOGITS = 2**26  # entries that are held at once
 ROWS = 256  # steps of more rows than this are bound by their states: more gain nothing
-SHARE = 6  # of the free memory a sixth is for states: steps and joins hold some copies
+SHARE = 4  # of the free memory a quarter is for states: joins and kept steps hold them twice
 
 
 class LMEngine(Engine):
@@ -179,14 +180,17 @@ class LMEngine(Engine):
             ask = asks[group.rows[0]]
             return row + token * (len(ask.ids) + ask.limit)
 
+        kept = [Again()]
+
         def do(batch: list[Group]) -> None:
-            rows = [group.rows[0] for group in batch]
-            for i, text in zip(rows, self._continue([asks[i] for i in rows]), strict=True):
+            rows, again = [group.rows[0] for group in batch], kept.pop() if kept else Again()
+            for i, text in zip(rows, self._continue([asks[i] for i in rows], again), strict=True):
                 keep(i, text)
+            kept.append(again)  # not where memory ran out
 
         self._states.run(alone(range(len(asks))), weight, do, most=ROWS)
 
-    def _continue(self, asks: Sequence[Ask]) -> list[str]:
+    def _continue(self, asks: Sequence[Ask], again: Again) -> list[str]:
         """The new texts of one batch."""
         made: list[list[int]] = [[] for _ in asks]
 
@@ -200,12 +204,13 @@ class LMEngine(Engine):
         sampler = Sampler(asks[0].sampling, [ask.number for ask in asks])
         limits = [ask.limit for ask in asks]
         read = self._read([ask.ids for ask in asks])
-        for _ in decode(self.lm, *read, limits, sampler, stop, self.tokenizer.vocab_size):
+        vocab = self.tokenizer.vocab_size
+        for _ in decode(self.lm, *read, limits, sampler, stop, vocab, again=again):
             pass
         return [self.text(ids, ask.stops) for ids, ask in zip(made, asks, strict=True)]
 
-    def _read(self, prompts: Sequence[list[int]]) -> tuple[Tensor, LMState]:
-        """`prefill` of whole prompts, at most a piece at once: no state of others is copied."""
+    def _read(self, prompts: Sequence[list[int]]) -> tuple[Tensor, list[LMState]]:
+        """`prefill` of whole prompts, at most a piece at once: hidden of all, states in parts."""
         piece = self._tokens.size
         parts: list[list[list[int]]] = []
         held = piece
@@ -216,7 +221,7 @@ class LMEngine(Engine):
             parts[-1].append(prompt)
             held += len(prompt)
         read = [prefill(self.lm, part, piece) for part in parts]
-        return torch.cat([hidden for hidden, _ in read]), join(self.lm, [s for _, s in read])
+        return torch.cat([hidden for hidden, _ in read]), [state for _, state in read]
 
 
 def _input(pair: Pair) -> list[int]:

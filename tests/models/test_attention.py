@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from glactl.models.decode import reserve
 from glactl.models.joined import Joined
 from glactl.models.lm import LMSpec, build_lm
+from glactl.models.steps import reserve
 
 VOCAB = 23
 KINDS = {

@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from glactl.models import varlen as packed_attention
-from glactl.models.decode import Stepper, prefill
+from glactl.models.decode import prefill
 from glactl.models.layers import layout
 from glactl.models.lm import LMSpec, build_lm
 from glactl.models.losses import token_losses
 from glactl.models.mixers.attention import Attention
 from glactl.models.sampling import Sampler, Sampling
+from glactl.models.steps import Stepper
 
 META = torch.device("meta")
 MODELS = {

@@ -130,11 +130,11 @@ def test_generation_does_not_depend_on_what_fits(mixer, monkeypatch):
     rows = []
     whole = LMEngine._continue
 
-    def little(self, asks):
+    def little(self, asks, again):
         rows.append(len(asks))
         if len(asks) > 1:
             raise MemoryError
-        return whole(self, asks)
+        return whole(self, asks, again)
 
     monkeypatch.setattr(LMEngine, "_continue", little)
     assert texts(LMEngine(lm, TOKENIZER), asks) == expected
@@ -147,7 +147,7 @@ def test_rows_go_together_as_their_states_fit(monkeypatch):
     rows = []
     whole = LMEngine._continue
     monkeypatch.setattr(
-        LMEngine, "_continue", lambda self, asks: rows.append(len(asks)) or whole(self, asks)
+        LMEngine, "_continue", lambda self, a, again: rows.append(len(a)) or whole(self, a, again)
     )
     each = state_bytes(lm, 20)
     assert (
