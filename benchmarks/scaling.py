@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--world 2] [--spec gla_340m] [--write FILE] [--device cpu --tiny]
 
-Throughput: the model of specs/SPEC.yaml at 2,048 tokens a row and 16,384 tokens a device and step,
+Throughput: the model of specs/SPEC.yaml at 2,048 tokens a row and 32,768 tokens a device and step,
 bf16 products, tokens drawn at random, on one device, then by ddp and by fsdp on --world of them,
 each under torchrun. tokens_per_s is of all devices, the median over --steps steps after --warm,
 each timed to its end on the first device; efficiency is tokens_per_s over --world times that of
@@ -39,7 +39,7 @@ from glactl.tasks import Batch
 from glactl.train import train
 
 SPECS = Path(__file__).resolve().parents[1] / "specs"
-T, DEVICE_TOKENS = 2048, 16_384
+T, DEVICE_TOKENS = 2048, 32_768
 SMALL = {"n_layers": 4}  # of the elastic run
 PART = 4  # steps of the elastic run on each number of devices
 

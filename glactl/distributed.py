@@ -12,7 +12,8 @@ mean over processes:
 
 which is the gradient of one process, but for the order of sums. `ddp` keeps the whole model in
 every process; `fsdp` (fully_shard) keeps 1 / W of each weight, of its gradient and its moments, and
-gathers the weights of one layer at a time, in fp32. `auto` takes ddp where weights, gradients and
+gathers the weights of some layers at a time, in fp32: as many as have UNIT parameters, for each
+gathering costs the host some milliseconds, as long as a GPU takes for a small layer. `auto` takes ddp where weights, gradients and
 moments fill at most SHARE of a device, which leaves the rest to activations.
 """
 
@@ -33,6 +34,7 @@ from glactl.device import pick_device
 
 Mode = Literal["none", "ddp", "fsdp"]
 
+UNIT = 2**26  # parameters, 256 MiB
 SHARE = 0.4  # of a device's memory: 1.3 B parameters (21 GB) on 80 GB, not on 40
 
 
@@ -158,7 +160,8 @@ def spread(
 
     Args:
         whole: gives a loss; all its parameters are used.
-        layers: parts of it that fsdp gathers one at a time. fsdp moves all to `device`.
+        layers: parts of it, in the order in which they run, that fsdp gathers some at a time. fsdp
+            moves all to `device`.
     """
     if mode == "none":
         return whole
@@ -166,10 +169,21 @@ def spread(
         # without device_ids inputs stay where they are: targets on the CPU, read without a wait
         return DistributedDataParallel(whole, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    for layer in layers:
-        fully_shard(layer, mesh=mesh)
+    for unit in _units(layers):
+        fully_shard(unit, mesh=mesh)
     fully_shard(whole, mesh=mesh)
     return whole
+
+
+def _units(layers: list[nn.Module]) -> Iterator[list[nn.Module]]:
+    """Neighbours that have UNIT parameters together, fewer only at the end."""
+    unit, held = [], 0
+    for layer in layers:
+        unit.append(layer)
+        held += sum(p.numel() for p in layer.parameters())
+        if held >= UNIT or layer is layers[-1]:
+            yield unit
+            unit, held = [], 0
 
 
 def syncing(called: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from glactl import checkpoints
+from glactl import checkpoints, distributed
 from glactl.distributed import choose, parts_of
 from glactl.run import Run
 from glactl.spec import RunSpec
@@ -100,9 +101,13 @@ def test_one_process_then_two_then_one(parallel, data, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_processes_from_the_beginning(parallel, data, tmp_path):
-    """Dropout too: a micro-batch draws the same in whichever process it is."""
+@pytest.mark.parametrize(
+    ("parallel", "recompute"), [("ddp", False), ("fsdp", False), ("fsdp", True)]
+)
+def test_two_processes_from_the_beginning(parallel, recompute, data, tmp_path):
+    """Dropout too: a micro-batch draws the same in whichever process it is. Layers that fsdp
+    gathers together may be computed again one by one."""
+    data["train"] |= {"recompute": recompute}
     whole, run = make(data, tmp_path / "whole"), make(data, tmp_path / "two", parallel)
     alone(whole, 6)
     together(run, 6)
@@ -110,6 +115,13 @@ def test_two_processes_from_the_beginning(parallel, data, tmp_path):
     found, wanted = ([r["valid"] for r in lines(x, "metrics") if r["valid"]] for x in (run, whole))
     for a, b in zip(found, wanted, strict=True):
         assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_small_layers_are_gathered_together(monkeypatch):
+    monkeypatch.setattr(distributed, "UNIT", 10)
+    layers = [nn.Linear(n, 1, bias=False) for n in (4, 5, 1, 12, 3, 3)]
+    found = [[layer.in_features for layer in unit] for unit in distributed._units(layers)]
+    assert found == [[4, 5, 1], [12], [3, 3]]
 
 
 @pytest.mark.slow
