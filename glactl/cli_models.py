@@ -243,7 +243,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 takes the most probable token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(help="Draw from the K most probable.")] = None,
     top_p: Annotated[float, typer.Option(help="Draw from the most probable with sum P.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws; each prompt has its own.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the draws; copies of a prompt draw anew.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="End before this text.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Texts for each prompt.")] = 1,
     min_p: Annotated[

@@ -13,8 +13,9 @@ mean over processes:
 which is the gradient of one process, but for the order of sums. `ddp` keeps the whole model in
 every process; `fsdp` (fully_shard) keeps 1 / W of each weight, of its gradient and its moments, and
 gathers the weights of some layers at a time, in fp32: as many as have UNIT parameters, for each
-gathering costs the host some milliseconds, as long as a GPU takes for a small layer. `auto` takes ddp where weights, gradients and
-moments fill at most SHARE of a device, which leaves the rest to activations.
+gathering costs the host some milliseconds, as long as a GPU takes for a small layer. `auto` takes
+ddp where weights, gradients and moments fill at most SHARE of a device, which leaves the rest to
+activations.
 """
 
 import os

@@ -7,6 +7,7 @@ its row, whose size does not grow (softmax attention excepted).
 import hashlib
 import json as jsons
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,7 @@ def generate(
         max_tokens: the most tokens to make for each, 0 or more; a row ends before at EOS or BOS.
         sampling: how tokens are drawn; None: the most probable one.
         stops: a text ends before the first of these.
-        rows: the number of each prompt, for its random numbers; None: 0, 1, 2, ...
+        rows: the number of each prompt, for its random numbers; None: as of `numbers_of`.
         show: show(i, text) is called with each new piece of the text of prompt i, token by token;
             None: tokens are looked at in blocks, which is faster.
         piece: the most tokens of prompts read at once.
@@ -123,7 +124,7 @@ def generate(
         index = torch.zeros(1, device=hidden.device, dtype=torch.int64)
         with torch.inference_mode():
             keep(Past(hidden[index], take(state, index), sorted(set(seen[0]))))
-    numbers = list(range(len(ids))) if rows is None else rows
+    numbers = numbers_of(prompts) if rows is None else rows
     sampler = Sampler(sampling or Sampling(), numbers, seen)
     limits, block = [max_tokens] * len(ids), BLOCK if show is None else 1
     for _ in decode(lm, hidden, state, limits, sampler, stop, tokenizer.vocab_size, block):
@@ -211,7 +212,7 @@ def generate_command(
     if stream:
         console.write(texts[0])
     parts = []
-    before = 0 if answers is None else answers.done
+    before, numbers = 0 if answers is None else answers.done, numbers_of(texts)
     for first in range(before, len(texts), BATCH):
         rows = range(first, min(first + BATCH, len(texts)))
         batch = [texts[row] for row in rows]
@@ -222,7 +223,7 @@ def generate_command(
             max_tokens,
             sampling,
             stops or [],
-            rows,
+            [numbers[row] for row in rows],
             show=(lambda _, text: console.write(text)) if stream else None,
             piece=prefill_chunk,
             past=past,
@@ -242,6 +243,17 @@ def generate_command(
                 console.say(("" if row == 0 else "\n") + f"--- {row + 1}\n{texts[row]}{text}")
     if parts:
         _tell(parts, len(texts) - before)
+
+
+def numbers_of(prompts: Sequence[str]) -> list[int]:
+    """Of each prompt its number for random numbers: how often it was there before. So a text draws
+    the same alone and among others, with or without a state, and copies of it do not."""
+    before: Counter[str] = Counter()
+    numbers = []
+    for prompt in prompts:
+        numbers.append(before[prompt])
+        before[prompt] += 1
+    return numbers
 
 
 def _tell(parts: Sequence[Generated], rows: int) -> None:

@@ -25,8 +25,8 @@ the token with the largest one is put where the next step begins, with its embed
     token = made_slot = j   h = scale E_j   slot = slot + 1   position = position + 1        (8)
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -102,7 +102,7 @@ def product_rows_reference(
 @torch.no_grad()
 def gla_step_rows(
     q: Tensor, k: Tensor, v: Tensor, low: Tensor, up: Tensor, bias: Tensor, state: Tensor, *,
-    normalizer: float, feature_map: str = "none", ahead: Sequence[Tensor] = (),
+    normalizer: float, feature_map: str = "none",
 ) -> Tensor:  # fmt: skip
     """`gla_step` with gk of (6).
 
@@ -113,9 +113,6 @@ def gla_step_rows(
             must not write it.
         normalizer: c.
         feature_map: of q and k, "none", "relu" or "swish".
-        ahead: at most three weights, contiguous, that the launches to come read; the order is
-            theirs. Of one row on a GPU of compute capability 9 or later the first 20 MB of them are
-            brought into the cache on the way; else nothing is done with them.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -125,9 +122,8 @@ def gla_step_rows(
     if launches(q):
         from glactl.kernels.triton_step import LowRank, gla_step_triton
 
-        low_rank = LowRank(low, up, bias, normalizer)
-        more: dict[str, Any] = {"feature_map": feature_map, "ahead": ahead}
-        return gla_step_triton(q, k, v, state, low_rank=low_rank, **more)
+        gate = LowRank(low, up, bias, normalizer)
+        return gla_step_triton(q, k, v, state, low_rank=gate, feature_map=feature_map)
     f, wide = FEATURES[feature_map], torch.promote_types(low.dtype, torch.float32)
     logits = low.to(wide) @ up.to(wide).T + bias.to(wide)
     gk = (F.logsigmoid(logits) / normalizer).unflatten(1, k.shape[1:])  # (6)
@@ -137,7 +133,7 @@ def gla_step_rows(
 @torch.no_grad()
 def gsa_step_rows(
     q: Tensor, k: Tensor, v: Tensor, a: Tensor, state: tuple[Tensor, Tensor], *,
-    normalizer: float, feature_map: str = "none", ahead: Sequence[Tensor] = (),
+    normalizer: float, feature_map: str = "none",
 ) -> Tensor:  # fmt: skip
     """`gsa_step` with g of (6), writes 1 - exp(g) and logits as they are.
 
@@ -146,7 +142,6 @@ def gsa_step_rows(
         state: (N, H, K, M) and (N, H, M, V), fp32 or fp64, contiguous; updated in place.
         normalizer: c.
         feature_map: of q, k and v, "none", "relu" or "swish".
-        ahead: as of `gla_step_rows`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -156,9 +151,9 @@ def gsa_step_rows(
     if launches(a):
         from glactl.kernels.triton_step_gsa import gsa_step_triton
 
-        more: dict[str, Any] = {"normalizer": normalizer, "feature_map": feature_map}
-        more["ahead"] = ahead
-        return gsa_step_triton(q, k, v, None, a, state, **more)
+        return gsa_step_triton(
+            q, k, v, None, a, state, normalizer=normalizer, feature_map=feature_map
+        )
     f, wide = FEATURES[feature_map], torch.promote_types(a.dtype, torch.float32)
     g = F.logsigmoid(a.to(wide)) / normalizer  # (6)
     return gsa_step(f(q), f(k), f(v), None, g, state)

@@ -20,14 +20,13 @@ written by the second one token ago, may be read at once, and (2) is done but fo
 ends. The one launch may follow itself on the same states, so it reads nothing before it has waited.
 
 Measured on an H100 inside a CUDA graph, 4 heads, K = V = 256, 64 slots, bf16: in one launch N = 1
-8.1 us, N = 64 28.6 us of states that no cache has (67 MB; floor 22); in two N = 1 5.1 us. 16 warps
-took 34.6, a tile of 8,192 29.4: 8 warps of 128 registers are two programs a multiprocessor.
+8.1 us, N = 64 28.6 us of states that no cache has (67 MB; floor 22), with the hints of
+triton_step.py and in a step of a model of 24 such layers 25.9; in two N = 1 5.1 us. 16 warps took
+34.6, a tile of 8,192 29.4: 8 warps of 128 registers are two programs a multiprocessor.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 # (the parameters of a kernel have no Python types)
-
-from collections.abc import Sequence
 
 import torch
 import triton
@@ -36,7 +35,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from glactl.kernels.triton_edges import log_sigma
-from glactl.kernels.triton_rows import ask, asking, launch_options
+from glactl.kernels.triton_rows import launch_options
 from glactl.kernels.triton_step import feature, in_place, rows_apart
 
 TILE = 16384  # state elements a program of `_gsa_step` holds: 64 a thread
@@ -156,19 +155,13 @@ def _gsa_step(
 @triton.jit
 def _gsa_logits(
     q, k, s, g, keys, part, c,
-    H, q_row, k_row, g_row, programs,
-    ahead_a, ahead_b, ahead_c, in_a, in_b, in_c,
+    H, q_row, k_row, g_row,
     K: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, KB: tl.constexpr,
     R: tl.constexpr, RP: tl.constexpr,
     LOGITS: tl.constexpr, MAP: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(1) for one sequence, head and KB rows: shares of the logits into part (.., RP, MP). The
-    programs beyond `programs` ask for weights."""
+    """(1) for one sequence, head and KB rows: shares of the logits into part (.., RP, MP)."""
     pid = tl.program_id(0).to(tl.int64)
-    if ahead_a is not None:  # noqa: SIM102 (a constant, which decides what is compiled)
-        if pid >= programs:
-            ask(pid - programs, ahead_a, ahead_b, ahead_c, in_a, in_b, in_c, EARLY)
-            return
     NK = tl.cdiv(K, KB)
     at = pid // NK
     n, head = at // H, at % H
@@ -229,7 +222,7 @@ def _gsa_read(
 def gsa_step_triton(
     q: Tensor, k: Tensor, v: Tensor, s: Tensor | None, g: Tensor | None,
     state: tuple[Tensor, Tensor], *, scale: float = 1.0, normalizer: float | None = None,
-    feature_map: str = "none", ahead: Sequence[Tensor] = (),
+    feature_map: str = "none",
 ) -> Tensor:  # fmt: skip
     """`gsa_step` in one launch, or in two where heads are few; the arguments are taken to be right.
 
@@ -243,7 +236,6 @@ def gsa_step_triton(
         scale: factor on the logits of the softmax.
         normalizer: c of (4), g being logits; None: g is log gates.
         feature_map: of q, k and v, (3): "none", "relu" or "swish".
-        ahead: weights of the launches to come, at most three; see `asking`.
 
     Returns:
         o: (N, HQ, V) in v's dtype.
@@ -279,11 +271,8 @@ def gsa_step_triton(
     KB, VB = (max(8, triton.next_power_of_2(triton.cdiv(x, cut))) for x in (K, V))
     NK = triton.cdiv(K, KB)
     part = torch.empty(N * H * NK, shared["RP"], slots, dtype=Sk.dtype, device=q.device)
-    programs = N * H * NK
-    more, weights = asking(ahead if N == 1 else ())  # states of more rows keep memory busy
-    _gsa_logits[(programs + more,)](
-        q, k, s, g, Sk, part, c, H, rows[0], rows[1], g_row, programs, *weights,
-        K=K, KB=KB, num_warps=4, **shared,
+    _gsa_logits[(N * H * NK,)](
+        q, k, s, g, Sk, part, c, H, rows[0], rows[1], g_row, K=K, KB=KB, num_warps=4, **shared,
     )  # fmt: skip
     together = min(triton.next_power_of_2(NK), max(1, SHARES // (shared["RP"] * slots)))
     _gsa_read[(N * H * triton.cdiv(V, VB),)](

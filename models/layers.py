@@ -311,11 +311,6 @@ class GLU(nn.Module):
         """Products of the same input; see `glactl.models.joined`."""
         return [self.gate, self.up] if self.act is F.silu else []
 
-    def ahead(self) -> list[Tensor]:
-        """The weights that `joined_step` reads, in its order; none where nothing is joined."""
-        matrix = whole(self.gate)
-        return [] if matrix is None else [matrix, self.down.weight]
-
     def joined_step(self, h: Tensor, norm: RMSNorm) -> Tensor | None:
         """h + (5) of the norm of h (N, d), in two launches; None where nothing is joined."""
         matrix = whole(self.gate)

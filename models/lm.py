@@ -91,8 +91,7 @@ class Block(nn.Module):
         """(N, d) -> (N, d); `state` is updated in place."""
         joined = getattr(self.mixer, "joined_step", None)  # see glactl.models.joined
         if self.conv is None and joined is not None and isinstance(self.norm, RMSNorm):
-            ahead = () if self.ffn is None else self.ffn.ahead()
-            made = joined(h, self.norm, state, longest, ahead)
+            made = joined(h, self.norm, state, longest)
             if made is not None:
                 return self._channels(made)
         x = self.norm(h)

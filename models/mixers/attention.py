@@ -21,7 +21,7 @@ window, queries are taken in blocks of that many, each with the keys of its bloc
 before it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -171,15 +171,12 @@ class Attention(nn.Module):
         """Products of the same input; see `glactl.models.joined`."""
         return [self.q, self.k, self.v]
 
-    def joined_step(
-        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
-    ) -> Tensor | None:
+    def joined_step(self, h: Tensor, norm: RMSNorm, state: State, longest: int) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm; None where nothing is joined, or where a
         state without a window has no room for `longest` tokens.
 
-        `state` is updated in place; `longest` is as of `forward`. `ahead` is not asked for: keys
-        and values keep memory busy. Two launches and those of `attention_step`, or three of more
-        rows.
+        `state` is updated in place; `longest` is as of `forward`. Two launches and those of
+        `attention_step`, or three of more rows.
         """
         matrix, L = whole(self.q), state["k"].shape[1]
         if matrix is None or (self.window is None and longest > L):

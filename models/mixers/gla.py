@@ -22,7 +22,6 @@ released code, where the paper writes LayerNorm. The paper does not say how its 
 made; (5) is (2) with a product of full rank.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field
@@ -134,11 +133,9 @@ class GLA(base.Linear):
             return []
         return [self.q, self.k, self.v, self.gate_down, self.r]
 
-    def joined_step(
-        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
-    ) -> Tensor | None:
+    def joined_step(self, h: Tensor, norm: RMSNorm, state: State, longest: int) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm, in three launches; None where nothing is
-        joined. `state` is updated in place; the launches behind it read the weights `ahead`."""
+        joined. `state` is updated in place."""
         matrix = whole(self.q)
         if matrix is None:
             return None
@@ -152,9 +149,8 @@ class GLA(base.Linear):
             "state": state["s"],
         }
         o = gla_step_rows(
-            q, k, v, low, **gate, normalizer=self.normalizer, feature_map=self.feature_map,
-            ahead=[self.out.weight, *ahead],
-        )  # (1) to (3)  # fmt: skip
+            q, k, v, low, **gate, normalizer=self.normalizer, feature_map=self.feature_map
+        )  # (1) to (3)
         n: dict[str, Any] = {"norm": self.norm.weight, "eps": self.norm.eps, "groups": self.heads}
         return product_rows(o.flatten(1), self.out.weight, **n, gate=r, residual=h)  # (4)
 

@@ -25,7 +25,7 @@ sqrt(D)); W_a has full rank, unlike GLA's. Which decay does not depend on the da
 not say, (5) is RetNet's; its row "without decay" is named ABC, which is a mixer of its own here.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -180,12 +180,9 @@ class GSA(nn.Module):
         published = self.decay == "data" and self.weigh is None
         return [self.q, self.k, self.v, self.gate] if published else []
 
-    def joined_step(
-        self, h: Tensor, norm: RMSNorm, state: State, longest: int, ahead: Sequence[Tensor] = ()
-    ) -> Tensor | None:
+    def joined_step(self, h: Tensor, norm: RMSNorm, state: State, longest: int) -> Tensor | None:
         """h (N, d) plus the layer's step for its norm, in three or four launches; None where
-        nothing is joined. `state` is updated in place; the launches behind it read the weights
-        `ahead`."""
+        nothing is joined. `state` is updated in place."""
         matrix = whole(self.q)
         if matrix is None:
             return None
@@ -195,9 +192,8 @@ class GSA(nn.Module):
         k, v, a = (part.unflatten(1, (self.groups, -1)) for part in rest)
         both = state["k"], state["v"]
         o = gsa_step_rows(
-            q, k, v, a, both, normalizer=self.normalizer, feature_map="swish",
-            ahead=[self.out.weight, *ahead],
-        ).flatten(1)  # (1) to (3)  # fmt: skip
+            q, k, v, a, both, normalizer=self.normalizer, feature_map="swish"
+        ).flatten(1)  # (1) to (3)
         n: dict[str, Any] = {"norm": self.norm.weight, "eps": self.norm.eps, "swish": True}
         return product_rows(o, self.out.weight, **n, residual=h)  # (4)
 

@@ -36,7 +36,7 @@ def build(mixer, **fields):
 def test_a_batch_of_ragged_prompts_equals_single_prompts(mixer, sampling):
     lm = build(mixer)
     together = generate(lm, TOKENIZER, PROMPTS, 12, sampling)
-    single = [generate(lm, TOKENIZER, [p], 12, sampling, rows=[i]) for i, p in enumerate(PROMPTS)]
+    single = [generate(lm, TOKENIZER, [p], 12, sampling) for p in PROMPTS]
     assert together.texts == [one.texts[0] for one in single]
     assert together.prompt_tokens == sum(one.prompt_tokens for one in single)
     assert together.tokens == sum(one.tokens for one in single)
@@ -312,3 +312,11 @@ def test_texts_go_to_a_file_that_a_second_command_goes_on_with(
     file.write_text('{"text": 1}\n')
     assert "texts.jsonl:1: not a text that --out wrote" in glactl(*args, "--out", file).stderr
     assert file.read_text() == '{"text": 1}\n'
+
+
+def test_copies_of_a_prompt_draw_anew_and_more_of_them_change_none():
+    lm, sampling = build("gla"), Sampling(1.0, seed=3)
+    few = generate(lm, TOKENIZER, ["a", "b", "a"], 12, sampling).texts
+    more = generate(lm, TOKENIZER, ["a", "a", "a", "b"], 12, sampling).texts
+    assert [more[0], more[3], more[1]] == few
+    assert len({*more[:3]}) == 3

@@ -11,7 +11,7 @@ from glactl.kernels.attention import attention_step, attention_step_reference
 
 pytest.importorskip("triton")
 from glactl.kernels import triton_attention
-from glactl.kernels.triton_attention import _shares, attention_step_triton
+from glactl.kernels.triton_attention import _shares, _tile, attention_step_triton
 from glactl.models.mixers.attention import Attention
 
 runs = pytest.mark.skipif(
@@ -128,7 +128,7 @@ def test_the_definition_is_its_equations(name: str, theta: float | None, dtype) 
 def test_kernels_match_the_definition(name, programs, theta, monkeypatch) -> None:
     """Rows whole, in tiles of a few, or cut into shares, of which some have none."""
     monkeypatch.setattr(triton_attention, "PROGRAMS", programs)
-    monkeypatch.setattr(triton_attention, "TILE", 256)
+    monkeypatch.setattr(triton_attention, "_tile", lambda R, wide: max(16, 256 // wide))
     check(attention_step_triton, CASES[name], torch.float32, theta)
 
 
@@ -206,6 +206,12 @@ def test_shares_fill_the_chip() -> None:
     assert _shares(16, 65, 64) == 2  # two tiles
     assert _shares(16, 64, 64) == 1
     assert _shares(1, 10**6, 64) == 64
+
+
+def test_tiles_are_as_measured() -> None:
+    """2,048 numbers of narrow heads, 8,192 of wide ones, 4,096 where queries share keys."""
+    assert [_tile(1, wide) for wide in (16, 64, 128, 256)] == [128, 32, 64, 32]
+    assert [_tile(R, wide) for R, wide in ((2, 64), (4, 128), (4, 256))] == [64, 32, 16]
 
 
 GPU = {

@@ -112,17 +112,16 @@ engine.backward(p, o, None, kept, False)
         """
 from glactl.kernels.triton_step import LowRank, gla_step_triton
 from glactl.kernels.triton_step_gsa import gsa_step_triton
-ahead = [torch.empty(R, 4 * V, dtype=row) for R in (4 * V, 24 * V, 12 * V)]
 up = torch.empty(4 * K, 16, dtype=row), torch.empty(4 * K, dtype=row)
 for N in (1, 64):
     new = lambda *shape: torch.empty(N, 4, *shape)
     one = lambda width: new(width).bfloat16()
     gla_step_triton(one(K), one(K), one(V), new(K, V), gk=one(K))
     low = LowRank(new(16)[:, 0].bfloat16(), *up, 16.0)
-    gla_step_triton(one(K), one(K), one(V), new(K, V), low_rank=low, ahead=ahead)
+    gla_step_triton(one(K), one(K), one(V), new(K, V), low_rank=low)
     states = new(K, 64), new(64, V)
     gsa_step_triton(one(K), one(K), one(V), None, one(64), states)
-    gsa_step_triton(one(K), one(K), one(V), None, one(64), states, normalizer=8.0, ahead=ahead)
+    gsa_step_triton(one(K), one(K), one(V), None, one(64), states, normalizer=8.0)
 """,
         "_gla_step _gsa_step _gsa_logits _gsa_read",
     ),

@@ -13,9 +13,9 @@ import triton.language as tl
 from glactl.kernels import triton_rows
 from glactl.kernels.rows import Next, greedy_rows, product_rows, product_rows_reference
 from glactl.kernels.triton_rows import (
-    _asked,
+    _addresses,
+    _pieces,
     _rank,
-    asking,
     greedy_rows_triton,
     product_rows_triton,
 )
@@ -206,46 +206,50 @@ def test_the_end_of_a_greedy_step(slots: list[int], dtype: torch.dtype) -> None:
 
 
 @triton.jit
-def _addresses(to, a, b, c, in_a, in_b, in_c, N: tl.constexpr):
+def _all_addresses(to, weight, pieces, N: tl.constexpr):
     i = tl.arange(0, N)
-    tl.store(to + i, _asked(i.to(tl.int64), a, b, c, in_a, in_b, in_c))
+    tl.store(to + i, _addresses(weight, pieces, i.to(tl.int64)))
 
 
-@pytest.mark.parametrize("sizes", [(3072,), (1024, 2048), (2048, 5120, 1536)], ids=str)
-def test_weights_are_asked_for_piece_by_piece_in_their_order(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("size", [1024, 3072, 5120 + 512], ids=str)
+def test_a_weight_is_asked_for_piece_by_piece(size: int) -> None:
     """And what is no whole piece is not."""
-    ahead = [torch.zeros(size // 2, dtype=torch.bfloat16, device=DEVICE) for size in sizes]
-    programs, arguments = asking(ahead)
-    found = torch.zeros(16, dtype=torch.int64, device=DEVICE)
-    _addresses[(1,)](found, *arguments, N=16)
-    expected = [w.data_ptr() + 1024 * i for w in ahead for i in range(w.nbytes // 1024)]
-    assert found.tolist() == expected + [expected[-1]] * (16 - len(expected))
-    assert programs == 1
+    w = torch.zeros(size // 2, dtype=torch.bfloat16, device=DEVICE)
+    found = torch.zeros(8, dtype=torch.int64, device=DEVICE)
+    _all_addresses[(1,)](found, w, _pieces(w), N=8)
+    expected = [w.data_ptr() + 1024 * i for i in range(size // 1024)]
+    assert found.tolist() == expected + [expected[-1]] * (8 - len(expected))
 
 
 def test_what_is_asked_for_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_rows, "AHEAD", 200 * 1024)
     w = torch.zeros(160, 512, dtype=torch.bfloat16, device=DEVICE)
-    first = w[:1]
-    assert asking([w, w]) == (2, [w, w, None, 160, 40, 0])
-    assert asking([w, w, w]) == (2, [w, w, None, 160, 40, 0])
-    nothing = 0, [None, None, None, 0, 0, 0]
-    assert asking([]) == nothing
-    assert asking([w.T, w.flatten()[1:]]) == nothing  # in parts; at an odd address
-    assert asking([w.T, first]) == (1, [first, None, None, 1, 0, 0])
+    assert _pieces(w) == 160
+    assert _pieces(w[:1].flatten()[:511]) == 0  # less than a piece
+    assert _pieces(w.T) == _pieces(w.flatten()[1:]) == 0  # in parts; at an odd address
+    monkeypatch.setattr(triton_rows, "AHEAD", 100 * 1024)
+    assert _pieces(w) == 100
 
 
 def test_a_norm_of_rows_asks_for_the_weight_of_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """In programs of its own, which change nothing."""
-    seen = []
-    monkeypatch.setattr(triton_rows, "asking", lambda ahead: (seen.extend(ahead), asking(ahead))[1])
-    x, weight, options = inputs((3, 300, 40, {"norm": True}), torch.float32)
+    kernel, seen = triton_rows._prepare, []
+
+    class Prepare:
+        def __getitem__(self, grid: tuple[int]):
+            def launch(*arguments: object, **options: object) -> None:
+                seen.append((grid, arguments[4], arguments[-1]))
+                kernel[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(triton_rows, "_prepare", Prepare())
+    x, weight, options = inputs((3, 4000, 40, {"norm": True}), torch.float32)
     more = options["norm"], 0.0, 1, None, False, False, None
     found = product_rows_triton(x, weight, *more)
-    assert [w.data_ptr() for w in seen] == [weight.data_ptr()]
-    assert asking(seen)[0] == 1
     monkeypatch.setattr(triton_rows, "AHEAD", 0)
     assert torch.equal(product_rows_triton(x, weight, *more), found)
+    assert [(grid, pieces) for grid, _, pieces in seen] == [((3 + 5,), 625), ((3,), 0)]
+    assert all(w is weight for _, w, _ in seen)
 
 
 @pytest.mark.gpu

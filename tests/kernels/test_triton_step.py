@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 pytest.importorskip("triton")
-from glactl.kernels.triton_rows import asking
 from glactl.kernels.triton_step import LowRank, column_tile, gla_step_triton
 from glactl.kernels.triton_step_gsa import gsa_step_triton
 
@@ -159,34 +158,6 @@ def test_gsa_step_makes_its_gate_and_features(monkeypatch, feature_map: str, few
     assert_close(o, truth[0], D + M, "o")
     assert_close(state[0], truth[1], 3, "Sk")
     assert_close(state[1], truth[2], 3, "Sv")
-
-
-@pytest.mark.parametrize("mixer", ["gla", "gsa"])
-@pytest.mark.parametrize("N", [1, 2])
-def test_programs_that_ask_for_weights_change_nothing(monkeypatch, N: int, mixer: str) -> None:
-    """More rows than one ask for nothing: their states keep memory busy."""
-    asked = []
-    for name in ("triton_step", "triton_step_gsa"):
-        monkeypatch.setattr(
-            f"glactl.kernels.{name}.asking", lambda a: (asked.append(len(a)), asking(a))[1]
-        )
-    H, D, M, rank = 2, 12, 6, 5
-    q, k, v = (make(N, H, D, seed=i) for i in range(3))
-    ahead = [make(300, 512, seed=3), make(3, 256, seed=4)]
-    kept = [w.clone() for w in ahead]
-    low = LowRank(make(N, rank, seed=5), make(H * D, rank, seed=6), make(H * D, seed=7), 16.0)
-    results = []
-    for weights in ([], ahead):
-        S, Sk, Sv = (make(N, H, *s, seed=8) for s in ((D, D), (D, M), (M, D)))
-        if mixer == "gla":
-            o = gla_step_triton(q, k, v, S, low_rank=low, ahead=weights)
-        else:
-            a = make(N, H, M, seed=9)
-            o = gsa_step_triton(q, k, v, None, a, (Sk, Sv), normalizer=8.0, ahead=weights)
-        results.append((o, S, Sk, Sv))
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(ahead, kept, strict=True))
-    assert asked == [0, 2 if N == 1 else 0]
 
 
 def test_small_gates_keep_the_digits_of_the_write_strength() -> None:

@@ -1,4 +1,3 @@
-import importlib
 import importlib.util
 import json
 from pathlib import Path
@@ -7,11 +6,13 @@ import pytest
 import torch
 
 from glactl.models import decode as decoding
-from glactl.models.decode import Stepper, decode, prefill
+from glactl.models import steps as stepping
+from glactl.models.decode import decode, prefill
 from glactl.models.greedy import Greedy
 from glactl.models.joined import Joined
 from glactl.models.lm import LM, LMSpec, build_lm
 from glactl.models.sampling import Sampler, Sampling
+from glactl.models.steps import Stepper
 
 VOCAB = 23
 PROMPTS = [[3], [1, 4, 1, 5, 9, 2, 6], [2, 7, 1, 8], [0, 22]]
@@ -108,8 +109,8 @@ def test_blocks_and_captured_steps_change_nothing(lm, sampling, captured, block,
         expected[row] = free[row][: free[row].index(end) + 1]
     expected[3] = free[3][:5]
     if captured:
-        monkeypatch.setattr(decoding, "captures", lambda device: True)
-        monkeypatch.setattr(decoding, "Graph", Replayed)
+        monkeypatch.setattr(stepping, "captures", lambda device: True)
+        monkeypatch.setattr(stepping, "Graph", Replayed)
     assert continued(lm, PROMPTS, [30, 30, 30, 5], sampling, None, stop, block) == expected
 
 
@@ -122,8 +123,8 @@ def test_captured_rows_that_have_ended_do_not_run_out_of_positions(monkeypatch):
     lm = build_lm(spec, 0, dtype=torch.float64).eval()
     prompts, limits = [[1] * 23, [2], [3], [4]], [2, 22, 22, 20]
     expected = continued(lm, prompts, limits)
-    monkeypatch.setattr(decoding, "captures", lambda device: True)
-    monkeypatch.setattr(decoding, "Graph", Replayed)
+    monkeypatch.setattr(stepping, "captures", lambda device: True)
+    monkeypatch.setattr(stepping, "Graph", Replayed)
     seen = []
     rest = Stepper.rest
     monkeypatch.setattr(Stepper, "rest", lambda self, rows: (seen.append(rows), rest(self, rows)))
@@ -171,31 +172,6 @@ def test_joined_products_are_the_products(mixer, rows, monkeypatch):
     assert not any(hasattr(module, "joined") for module in lm.modules())
 
 
-@pytest.mark.parametrize("ffn", ["swiglu", "none"])
-@pytest.mark.parametrize("mixer", ["gla", "gsa"])
-def test_a_step_is_told_of_the_weights_behind_it(mixer, ffn, monkeypatch):
-    """out, gate and up as one, down; in the order in which they are read."""
-    spec = LMSpec(d_model=16, n_layers=1, mixer=mixer, vocab_size=VOCAB, ffn=ffn)
-    lm, seen = build_lm(spec, 0, dtype=torch.float64).eval(), []
-    module = importlib.import_module(f"glactl.models.mixers.{mixer}")
-    step = getattr(module, f"{mixer}_step_rows")
-
-    def told(*arguments, ahead, **options):
-        seen.extend((w.data_ptr(), w.shape) for w in ahead)
-        return step(*arguments, **options)
-
-    monkeypatch.setattr(module, f"{mixer}_step_rows", told)
-    with Joined(lm):
-        lm.step(torch.tensor([3]), lm.initial_state(1))
-    block = lm.blocks[0]
-    expected = [(block.mixer.out.weight.data_ptr(), (16, 16))]
-    if ffn == "swiglu":
-        hidden = block.ffn.gate.out_features
-        expected.append((block.ffn.gate.weight.data_ptr(), (2 * hidden, 16)))
-        expected.append((block.ffn.down.weight.data_ptr(), (16, hidden)))
-    assert seen == expected
-
-
 GREEDY = {"d_model": 16, "n_layers": 2, "mixer": "gsa", "vocab_size": VOCAB, "init_std": 0.6}
 
 
@@ -207,10 +183,10 @@ GREEDY = {"d_model": 16, "n_layers": 2, "mixer": "gsa", "vocab_size": VOCAB, "in
 def test_greedy_rows_end_their_steps_by_themselves(rows, more, vocab, monkeypatch):
     """And make the tokens that they make where steps are not captured."""
     lm = build_lm(LMSpec.model_validate(GREEDY | more), 7, dtype=torch.float64).eval()
-    monkeypatch.setattr(decoding, "Graph", Replayed)
+    monkeypatch.setattr(stepping, "Graph", Replayed)
     made = []
     for captured in (False, True):
-        monkeypatch.setattr(decoding, "captures", lambda device, captured=captured: captured)
+        monkeypatch.setattr(stepping, "captures", lambda device, captured=captured: captured)
         if captured:
             monkeypatch.setattr(LM, "step", None)  # is not called
         hidden, state = prefill(lm, [[1, 4, 1], [5], [9, 2]][:rows])
@@ -265,8 +241,8 @@ def test_a_compiled_step_is_compiled_once(mixer, captured, temperature, monkeypa
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(decoding, "captures", lambda device: captured)
-    monkeypatch.setattr(decoding, "Graph", Replayed)
+    monkeypatch.setattr(stepping, "captures", lambda device: captured)
+    monkeypatch.setattr(stepping, "Graph", Replayed)
     made = []
     for read in (None, torch.compile(lm.step, backend=backend, fullgraph=True, dynamic=False)):
         hidden, state = prefill(lm, [[1, 2, 3]])
@@ -406,6 +382,6 @@ def test_gpu_replays_the_steps(mixer, sampling, monkeypatch):
     captured = continued(lm, PROMPTS, limits, sampling)
     assert len(replays) > 50
     alone = continued(lm, PROMPTS[1:2], 40, sampling, [1])
-    monkeypatch.setattr(decoding, "Graph", lambda device: lambda call: call())
+    monkeypatch.setattr(stepping, "Graph", lambda device: lambda call: call())
     assert continued(lm, PROMPTS, limits, sampling) == captured
     assert continued(lm, PROMPTS[1:2], 40, sampling, [1]) == alone
