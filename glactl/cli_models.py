@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -98,6 +98,14 @@ def mqar(
             help="After share F of its steps end a rate that is M of accuracy behind: 0.25,0.1.",
         ),
     ] = None,
+    nodes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Run as N jobs of a SLURM cluster that share the folder."),
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Of these jobs: partition=gpu, gpus_per_node=8."),
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Run trials that ended in an error again.")
     ] = False,
@@ -109,29 +117,39 @@ def mqar(
     quiet: Quiet = False,
 ) -> None:
     """Sweep multi-query associative recall over widths, mixers and learning rates."""
+    options: dict[str, Any] = {
+        "file": grid,
+        "preset": preset,
+        "dims": dims,
+        "mixers": mixers,
+        "lrs": lrs,
+        "seeds": seeds,
+        "pairs": pairs,
+        "seqlen": seqlen,
+        "form": form,
+        "out": out,
+        "jobs": jobs,
+        "minutes": minutes,
+        "prune": prune,
+        "retry_failed": retry_failed,
+        "plot_only": plot_only,
+        "device": device,
+        "json": json,
+        "quiet": quiet,
+    }
     with console.errors():
+        if nodes is not None:
+            from glactl.sweep_submit import submit
+
+            submitted = submit(options, nodes, slurm or ())
+            if json:
+                console.result({"event": "submitted", "jobs": submitted})
+            return
+        if slurm:
+            raise ValueError("--slurm is of jobs; allowed with --nodes")
         from glactl.sweep import mqar_command
 
-        mqar_command(
-            grid,
-            preset=preset,
-            dims=dims,
-            mixers=mixers,
-            lrs=lrs,
-            seeds=seeds,
-            pairs=pairs,
-            seqlen=seqlen,
-            form=form,
-            out=out,
-            jobs=jobs,
-            minutes=minutes,
-            prune=prune,
-            retry_failed=retry_failed,
-            plot_only=plot_only,
-            device=device,
-            json=json,
-            quiet=quiet,
-        )
+        mqar_command(**options)
 
 
 def evaluate(

@@ -13,14 +13,10 @@ from glactl.states import checkpoint_hash
 from glactl.tasks.documents import tokenizer_name
 from glactl.tasks.engine import Engine
 from glactl.tasks.engine_lm import LMEngine
-from glactl.tasks.errors import DataUnavailable
+from glactl.tasks.errors import DataUnavailable, PackageMissing
 
 HF = "hf:"
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "config.json", "tokenizer*", "*.model")
-
-
-class PackageMissing(OSError):
-    """A package that an extra installs is not here; the message is one line."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,12 @@ class DataUnavailable(OSError):
     exit_code = 3
 
 
+class PackageMissing(OSError):
+    """A package that an extra installs is not here; the message is one line."""
+
+    exit_code = 3
+
+
 class NoSpace(OSError):
     """A disk has no room for what is to be written; the message is one line."""
 
