@@ -111,6 +111,8 @@ def _colour(name: str) -> str:
 
 def _by_length(figure: Any, report: dict[str, Any], rows: Sequence[Measured]) -> None:
     """Time a token against length, one panel for each part; on the right the part of the floor."""
+    from matplotlib.ticker import LogLocator
+
     lengths_of = {
         part: {r.T for r in rows if (r.part, r.work) == (part, work)}
         for part, work in SLOWEST.items()
@@ -133,6 +135,8 @@ def _by_length(figure: Any, report: dict[str, Any], rows: Sequence[Measured]) ->
         axes.set_yscale("log")
         axes.set_xticks(lengths, [f"{T:,}" for T in lengths], rotation=45, fontsize=8)
         axes.minorticks_off()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))  # a decade is rare
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
         axes.set_xlabel("sequence length T (tokens)")
         axes.set_ylabel("µs a token")
         axes.set_title(f"{part}s, {SLOWEST[part]}", fontsize=10)

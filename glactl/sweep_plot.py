@@ -42,9 +42,9 @@ def by_state(grid: Grid, rows: list[Row]) -> Any:
     figure = _figure(7.2)
     axes = figure.subplots()
     _lines(axes, rows, lambda row: row.state_bytes, lambda row: marker[row.dim])
-    # half as much again on both sides: a power of two lies between, whatever the sizes
-    left = min(r.state_bytes for r in rows) / 1.5
-    right = max(r.state_bytes for r in rows) * 1.5
+    # more than twice as much on both sides: two powers of two lie between, whatever the sizes
+    left = min(r.state_bytes for r in rows) / 2.1
+    right = max(r.state_bytes for r in rows) * 2.1
     ticks = _powers_of_two(left, right)
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [_bytes(tick) for tick in ticks])
