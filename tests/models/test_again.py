@@ -75,3 +75,14 @@ def test_another_way_to_draw_is_another_capture(graphs):
     for sampling in (GREEDY, GREEDY, WARM, Sampling(repetition_penalty=1.5)):
         assert run(lm, prompts, limits, sampling, again) == run(lm, prompts, limits, sampling)
     assert len(graphs) == 4 + 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mixer", ["attention", "gla", "gsa"])
+def test_replayed_graphs_of_a_gpu_go_on_from_other_states(mixer):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    spec = LMSpec(d_model=64, n_layers=2, mixer=mixer, vocab_size=23, init_std=0.3)
+    lm, again = build_lm(spec, 0, "cuda").eval(), Again()
+    for prompts, limits in BATCHES:
+        assert run(lm, prompts, limits, GREEDY, again) == run(lm, prompts, limits, GREEDY)
