@@ -105,11 +105,11 @@ def test_a_stopped_evaluation_goes_on(glactl, byte_run, monkeypatch):
     whole = LMEngine._continue
     asked = []
 
-    def stopped(self, asks):
+    def stopped(self, asks, again):
         asked.append(len(asks))
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return whole(self, asks)
+        return whole(self, asks, again)
 
     args = ["eval", "--tasks", "swde,fda", "--sample", "--json", "--quiet"]
     expected = json.loads(glactl(*args, "--no-cache").stdout)
