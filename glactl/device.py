@@ -35,7 +35,7 @@ def pick_device(name: str | None = None) -> torch.device:
     if int(index or 0) >= count:
         have = f"{count} CUDA device(s)" if count else "no CUDA device"
         raise DeviceUnavailable(f"device {name!r} is not here: {have}; --device cpu always works")
-    return torch.device(name)
+    return torch.device(kind, int(index)) if index else torch.device(kind)
 
 
 def precision_on(device: torch.device, wanted: Precision) -> Literal["fp32", "bf16"]:

@@ -15,6 +15,7 @@ from typing import Any
 from glactl import console
 from glactl.sweep import mqar_command
 from glactl.sweep_grid import make_grid
+from glactl.sweep_prune import parse_prune
 from glactl.sweep_run import SweepStopped
 from glactl.tasks.errors import PackageMissing
 
@@ -40,6 +41,7 @@ def submit(options: dict[str, Any], nodes: int, slurm: Sequence[str] = ()) -> li
         PackageMissing: submitit is not here.
     """
     grid = make_grid(**{name: options.get(name) for name in GRID})
+    parse_prune(options.get("prune"))
     parameters = _parameters(slurm)
     try:
         import submitit

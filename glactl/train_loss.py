@@ -62,9 +62,10 @@ class Objective(nn.Module):
         hidden = hidden.view(-1, hidden.shape[-1])
         if tell:
             return self._told(hidden, targets)
-        return self._sum(hidden, to_device(targets, hidden.device))
+        return self.total(hidden, to_device(targets, hidden.device))
 
-    def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
+    def total(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of hidden states (n, d) with targets (n,) on their device."""
         weight = self.lm.head.weight
         many = len(targets) * len(weight) > LARGEST
         if self.kind == "liger":

@@ -24,12 +24,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glactl.device import products
-from glactl.models.layers import to_device, wide
-from glactl.models.lm import LM, build_lm
+from glactl.models.layers import to_device
+from glactl.models.lm import build_lm
 from glactl.models.steps import WARM, Graph, captures
 from glactl.optim import clip, learning_rate, make_optimizer
 from glactl.spec import RunSpec
@@ -38,7 +37,7 @@ from glactl.tasks.mqar import MQARTask
 from glactl.tasks.mqar_device import DeviceBatches
 from glactl.train import seeded
 from glactl.train_layers import plain, quicken
-from glactl.train_loss import Objective, chunked_loss
+from glactl.train_loss import Kind, Objective
 
 BLOCK = 32  # the most steps between two looks at the losses
 
@@ -59,7 +58,6 @@ class TrialSteps:
         self.spec, self.task, self.device = spec, task, device
         self.model = build_lm(spec.model, spec.seed, device=device)
         self.optimizer = make_optimizer(self.model, spec.optim)
-        self._objective = Objective(self.model, "whole")
         self.batches = DeviceBatches(task, spec.rows, device)
         self.step = 0
         wanted = capture and spec.train.capture is not False
@@ -70,10 +68,12 @@ class TrialSteps:
         self._rate = torch.zeros((), device=device)  # of this step, where there is a table
         self._graphs: dict[int, Graph] = {}
         self._taken: dict[int, int] = {}  # steps of each graph
-        self._compiled = self.captured and spec.train.compile
-        if self._compiled:  # of one function it keeps eight forms, and trials are more
+        compiled = self.captured and spec.train.compile
+        if compiled:  # of one function it keeps eight forms, and trials are more
             torch.compiler.reset()
-        quicken(self.model, self._compiled, recompute=False, dynamic=False)
+        quicken(self.model, compiled, recompute=False, dynamic=False)
+        kind: Kind = "chunked" if compiled else "whole"
+        self._objective = Objective(self.model, kind, compiled)
         self._ready()
 
     def take(self, count: int) -> tuple[list[float], list[float]]:
@@ -165,14 +165,9 @@ class TrialSteps:
         tokens, asked, wanted = self.batches.draw(self._at, segment)
         with products(self.device, self.spec.train.precision):
             hidden, _ = self.model(tokens, asked=asked)
-            loss = self._sum(hidden, wanted) / len(wanted)
+            loss = self._objective.total(hidden, wanted) / len(wanted)
         loss.backward()
         self._move(loss.detach())
-
-    def _sum(self, hidden: Tensor, wanted: Tensor) -> Tensor:
-        if not self._compiled:
-            return _losses(self.model, hidden, wanted).sum()
-        return chunked_loss(hidden, self.model.head.weight, wanted, compiled=True)
 
     def _pieces(self, step: int) -> None:
         """A step of packed rows, or of micro-batches, as train.py takes it."""
@@ -207,9 +202,3 @@ class TrialSteps:
         place = self._at % BLOCK
         self._found.index_copy_(1, place, torch.stack([loss, norm])[:, None].float())
         self._at += 1
-
-
-def _losses(lm: LM, hidden: Tensor, wanted: Tensor) -> Tensor:
-    """As `token_losses`, of the targets wanted (n,) after hidden (n, d)."""
-    logits = lm.logits(hidden)
-    return F.cross_entropy(logits.to(wide(logits.dtype)), wanted, reduction="none")

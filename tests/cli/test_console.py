@@ -170,7 +170,7 @@ def test_a_gpu_without_a_number_is_any(monkeypatch):
     """Which several processes, and sweeps on all GPUs, need."""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    assert [pick_device(name).index for name in (None, "cuda", "cuda:0", "cuda:1")] == [
+    assert [pick_device(name).index for name in (None, "cuda", "cuda:0", "cuda:01")] == [
         None, None, 0, 1,
     ]  # fmt: skip
 

@@ -86,7 +86,7 @@ def test_targets_on_the_cpu_or_where_the_model_is(kind):
     targets[:, ::2] = -100
     selected = objective(tokens, targets)
     hidden = lm(tokens)[0].flatten(0, 1)
-    masked = objective._sum(hidden, targets.flatten())
+    masked = objective.total(hidden, targets.flatten())
     assert selected.item() == pytest.approx(masked.item(), rel=24 * torch.finfo(torch.float32).eps)
     losses, right = objective(tokens, targets, None, True)
     assert len(losses) == len(right) == 12

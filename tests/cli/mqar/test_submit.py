@@ -60,6 +60,7 @@ def test_a_job_whose_time_is_over_says_so(grid):
         (("--nodes", "2", "--slurm", "partition"), "--slurm 'partition'; allowed: KEY=VALUE"),
         (("--slurm", "partition=gpu"), "--slurm is of jobs; allowed with --nodes"),
         (("--nodes", "2", "--mixers", "glaa"), "glaa"),
+        (("--nodes", "2", "--prune", "half"), "half"),
     ],
 )
 def test_faults_are_told_before_anything_is_handed_over(args, message, glactl, tmp_path):

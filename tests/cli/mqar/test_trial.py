@@ -260,7 +260,7 @@ def test_layers_of_captured_steps_are_compiled_once_for_every_shape(
 def test_a_step_that_waits_for_the_device_is_never_captured(captured, monkeypatch):
     spec = SPECS["gla"]
     asked = []
-    losses = trial_steps._losses
+    losses = trial_steps.Objective.total
 
     def asks(*args):
         if captured and captured[-1] == "error":
@@ -268,7 +268,7 @@ def test_a_step_that_waits_for_the_device_is_never_captured(captured, monkeypatc
             raise RuntimeError("called a synchronizing CUDA operation")
         return losses(*args)
 
-    monkeypatch.setattr(trial_steps, "_losses", asks)
+    monkeypatch.setattr(trial_steps.Objective, "total", asks)
     plain, records = list(train(spec, device="cpu")), ran(spec)
     assert (len(asked), FakeGraph.made[0].calls) == (1, 2)
     for record, step in zip(records, plain, strict=True):
@@ -277,7 +277,9 @@ def test_a_step_that_waits_for_the_device_is_never_captured(captured, monkeypatc
 
 def test_another_error_of_the_second_step_is_the_trials(captured, monkeypatch):
     monkeypatch.setattr(
-        trial_steps, "_losses", lambda *_: (_ for _ in ()).throw(RuntimeError("out of paper"))
+        trial_steps.Objective,
+        "total",
+        lambda *_: (_ for _ in ()).throw(RuntimeError("out of paper")),
     )
     with pytest.raises(RuntimeError, match="out of paper"):
         ran(SPECS["gla"])
