@@ -35,7 +35,8 @@ class Claims:
     def _take(self, key: str) -> int | None:
         path = self.folder / key
         while True:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # it went while mkdir looked whether it is a folder
+                self.folder.mkdir(parents=True, exist_ok=True)
             try:
                 file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             except FileNotFoundError:  # the folder went meanwhile

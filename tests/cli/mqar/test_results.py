@@ -183,6 +183,21 @@ def test_what_others_run_is_waited_for_after_all_else(preset, tmp_path):
     assert [key for _, key in _trained(tmp_path)] == [t.key for t in others]
 
 
+def test_a_folder_of_claims_that_goes_while_it_is_made_is_made_again(tmp_path, monkeypatch):
+    calls, mkdir = [], Path.mkdir
+
+    def gone(self, *args, **options):
+        calls.append(self)
+        if len(calls) == 1:  # what pathlib says where another process removes it meanwhile
+            raise FileExistsError(17, "File exists", str(self))
+        mkdir(self, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", gone)
+    with Claims(tmp_path).hold("key") as mine:
+        assert mine
+    assert len(calls) == 2
+
+
 def test_retries_of_two_sweeps_are_one(preset, tmp_path):
     path, grid = tmp_path / "results.jsonl", {"mixers": "gla"}
     for trial in make_grid(**grid).trials:
