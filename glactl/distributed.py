@@ -13,7 +13,9 @@ mean over processes:
 which is the gradient of one process, but for the order of sums. `ddp` keeps the whole model in
 every process; `fsdp` (fully_shard) keeps 1 / W of each weight, of its gradient and its moments, and
 gathers the weights of some layers at a time, in fp32: as many as have UNIT parameters, for each
-gathering costs the host some milliseconds, as long as a GPU takes for a small layer. `auto` takes
+gathering costs the host some milliseconds, as long as a GPU takes for a small layer. Weights that
+take KEPT of a device at most stay there from the forward pass to the backward one; larger ones are
+gathered a second time. `auto` takes
 ddp where weights, gradients and moments fill at most SHARE of a device, which leaves the rest to
 activations.
 """
@@ -36,6 +38,7 @@ from glactl.device import pick_device
 Mode = Literal["none", "ddp", "fsdp"]
 
 UNIT = 2**26  # parameters, 256 MiB
+KEPT = 0.1  # of a device's memory: weights of 2 B parameters (8 GB) on 80 GB
 SHARE = 0.4  # of a device's memory: 1.3 B parameters (21 GB) on 80 GB, not on 40
 
 
@@ -170,8 +173,10 @@ def spread(
         # without device_ids inputs stay where they are: targets on the CPU, read without a wait
         return DistributedDataParallel(whole, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    size = sum(p.nbytes for p in whole.parameters())
+    again = size > KEPT * device_memory(device)
     for unit in _units(layers):
-        fully_shard(unit, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=again)
     fully_shard(whole, mesh=mesh)
     return whole
 
@@ -199,5 +204,6 @@ def syncing(called: nn.Module, last: bool) -> AbstractContextManager[None]:
 
 def settle(called: nn.Module) -> None:
     """Give back what a forward pass without a backward one has gathered."""
-    if isinstance(called, FSDPModule):
-        called.reshard()
+    for module in called.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

@@ -50,3 +50,12 @@ def clip(model: nn.Module, largest: float | None) -> Tensor:
     norm = found.full_tensor() if isinstance(found, DTensor) else found
     nn.utils.clip_grads_with_norm_(model.parameters(), limit, norm.nan_to_num(0, 0, 0))
     return norm
+
+
+def update(optimizer: torch.optim.Optimizer, loss: Tensor, norm: Tensor) -> None:
+    """Take the step of a fused optimizer where loss () and norm () are finite; nothing waits.
+
+    It is told what GradScaler tells it: at 1 weights, moments and counts stay as they are.
+    """
+    optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
+    optimizer.step()

@@ -2,14 +2,14 @@
 
 The loss is the sum of the targets' cross-entropies over their number in the whole step, however it
 is cut; dropout draws from a generator seeded by (seed, step, micro-batch). A step whose loss or
-gradient is not finite changes neither weights nor moments.
+gradient is not finite changes neither weights nor moments; the host asks for both numbers once it
+has nothing else to tell the device.
 
 Captured, a step is one graph where it is one micro-batch, else a graph for the first one, one for
 each that adds to it, and one for clipping and update. The rate and the number of targets are read
-where they lie on the device, and so is the verdict that a step is not finite, which the fused
-optimizer takes as it takes GradScaler's. The first WARM steps run as they are, on a stream of their
-own; the second with questions from the host forbidden, so that what cannot be captured is known
-before anything is. A captured rate is the fp32 rounding of that of `learning_rate`.
+where they lie on the device. The first WARM steps run as they are, on a stream of their own; the
+second with questions from the host forbidden, so that what cannot be captured is known before
+anything is. A captured rate is the fp32 rounding of that of `learning_rate`.
 """
 
 import math
@@ -25,7 +25,7 @@ from glactl.distributed import ALONE, Group, syncing
 from glactl.models.layers import to_device
 from glactl.models.lm import LM
 from glactl.models.steps import WARM, Graph
-from glactl.optim import clip
+from glactl.optim import clip, update
 from glactl.spec import RunSpec
 from glactl.stages import Stage
 from glactl.train_faults import not_finite
@@ -113,12 +113,11 @@ class Stepper:
                 loss = self.stage.loss(batch, portion.targets, portion.parts)
                 (loss * self.group.world).backward()
             total += loss.detach()
-        norm = clip(self.stage.module, self.spec.optim.clip)
+        norm, total = clip(self.stage.module, self.spec.optim.clip), self.group.sum(total)
+        update(optimizer, total, norm)
         meanwhile()
-        found = Result(self.group.sum(total).item(), norm.item())
-        if found.finite:
-            optimizer.step()
-        else:
+        found = Result(total.item(), norm.item())
+        if not found.finite:
             found = replace(found, bad=not_finite(self.stage.module, self.group))
         optimizer.zero_grad(set_to_none=True)
         return found
@@ -237,8 +236,7 @@ class _Captured:
 
     def _update(self) -> None:
         norm = clip(self.stage.module, self.spec.optim.clip)
-        self.optimizer.found_inf = (~(self.total + norm).isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, self.total, norm)
         self.found.copy_(torch.stack([self.total, norm]))
 
 

@@ -30,7 +30,7 @@ from glactl.device import products
 from glactl.models.layers import to_device
 from glactl.models.lm import build_lm
 from glactl.models.steps import WARM, Graph, captures
-from glactl.optim import clip, learning_rate, make_optimizer
+from glactl.optim import clip, learning_rate, make_optimizer, update
 from glactl.spec import RunSpec
 from glactl.stages import packed
 from glactl.tasks.mqar import MQARTask
@@ -196,9 +196,7 @@ class TrialSteps:
             self._rate.copy_(self._table.index_select(0, self._at).squeeze(0))
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate_of(self.step) if self._table is None else self._rate
-        # what GradScaler tells a fused optimizer: 1 leaves weights, moments and counts as they are
-        self.optimizer.found_inf = (~(loss + norm).isfinite()).float()  # type: ignore[attr-defined]
-        self.optimizer.step()
+        update(self.optimizer, loss, norm)
         place = self._at % BLOCK
         self._found.index_copy_(1, place, torch.stack([loss, norm])[:, None].float())
         self._at += 1

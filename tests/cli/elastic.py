@@ -4,6 +4,7 @@ import sys
 
 import torch
 
+from glactl import distributed
 from glactl.distributed import joined
 from glactl.models.lm import build_lm
 from glactl.run import Run
@@ -31,6 +32,8 @@ def main():
             import glactl.train
 
             glactl.train.build_lm = poisoned
+        if fault == "again":
+            distributed.KEPT = 0
         resume = any((run.path / "checkpoints").iterdir())
         going = train(run.spec, device=device, run=run, resume=resume, group=group)
         for _ in range(steps):

@@ -102,15 +102,16 @@ def test_one_process_then_two_then_one(parallel, data, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("parallel", "recompute"), [("ddp", False), ("fsdp", False), ("fsdp", True)]
+    ("parallel", "recompute", "weights"),
+    [("ddp", False, ""), ("fsdp", False, ""), ("fsdp", True, "again"), ("fsdp", True, "")],
 )
-def test_two_processes_from_the_beginning(parallel, recompute, data, tmp_path):
+def test_two_processes_from_the_beginning(parallel, recompute, weights, data, tmp_path):
     """Dropout too: a micro-batch draws the same in whichever process it is. Layers that fsdp
-    gathers together may be computed again one by one."""
+    gathers together, once or again for the backward pass, may be computed again one by one."""
     data["train"] |= {"recompute": recompute}
     whole, run = make(data, tmp_path / "whole"), make(data, tmp_path / "two", parallel)
     alone(whole, 6)
-    together(run, 6)
+    together(run, 6, weights)
     close(numbers(run), numbers(whole))
     found, wanted = ([r["valid"] for r in lines(x, "metrics") if r["valid"]] for x in (run, whole))
     for a, b in zip(found, wanted, strict=True):
