@@ -15,7 +15,7 @@ Weights are random, of 340M parameters, bf16 on a GPU and fp32 on a CPU:
                   installed and writes for one document within 5 minutes
 
 A row's seconds hold all from texts to texts: tokens, batches and, of the hf backend, the search for
-its batch size, which is told apart as well. Each reads a few documents before its time is taken, so
+its batch size, which is told apart as well. Each answers --warm documents before its time is taken, so
 that kernels are compiled. `same` is the share of documents whose text is that of the hf backend:
 with bf16 and random weights many part at a near tie, and GLA has other weights. `new` is
 the mean of tokens made.
@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--docs", type=int, default=1000)
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--new", type=int, default=48)
-    parser.add_argument("--warm", type=int, default=8, help="documents before the time is taken")
+    parser.add_argument("--warm", type=int, default=160, help="documents before the time is taken")
     parser.add_argument("--batch-tokens", type=int, help="by default as of glactl eval")
     parser.add_argument("--only", default="hf,llama,gla,ours_hf,fla", help="rows to make")
     parser.add_argument("--device", default="cuda")

@@ -45,9 +45,10 @@ class Greedy:
         return isinstance(lm.norm, RMSNorm) and lm.positions is None and sampling.largest
 
     def begin(self, token: Tensor) -> None:
-        """Go on from other tokens (N,)."""
-        self._into.token.copy_(token)
-        self._into.h.copy_(self._scale * self._lm.embed(token))
+        """Go on from other tokens, of the first rows or of all."""
+        n = len(token)
+        self._into.token[:n].copy_(token)
+        self._into.h[:n].copy_(self._scale * self._lm.embed(token))
 
     def __call__(self, state: LMState) -> None:
         """One step; the layers' states and the buffers are updated in place."""

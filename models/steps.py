@@ -74,6 +74,7 @@ class Stepper:
             reserve(lm, state, self._most)
         joined = self.captured and read is None
         self._joined = Joined(lm) if joined else nullcontext()
+        self.rows = N  # the first ones of those that steps take, which are asked for
         self._token = token.clone()
         self._u = torch.zeros(N, block, device=device)
         self._made = torch.zeros(N, block, device=device, dtype=torch.int64)
@@ -90,11 +91,12 @@ class Stepper:
         vocab: int | None, block: int,
     ) -> bool:  # fmt: skip
         """Go on from other sequences, the states of all of them in parts, where what was captured
-        can: as many rows, drawn alike, with no more room. False where it cannot."""
-        longest = max(part.longest for part in parts)
+        can: as many rows or more than half, drawn alike, with no more room. False where it cannot.
+        """
+        longest, rows = max(part.longest for part in parts), len(self._token)
         if (
             not self.captured
-            or len(token) != len(self._token)
+            or not rows < 2 * len(token) <= 2 * rows
             or (vocab, block) != (self.vocab, self.block)
             or not self.sampler.alike(sampler)
             or longest + room > (self._most or 0)
@@ -109,8 +111,14 @@ class Stepper:
                     (here[:, : x.shape[1]] if x.ndim > 1 else here).copy_(x)
             self.state.position[first:last] = part.position
             first = last
+        for held in self.state.layers:  # rows too many begin anew
+            for x in held.values():
+                if x.ndim == 1:
+                    x[first:] = 0
+        self.state.position[first:] = 0
         self.state.longest, self.room, self.sampler = longest, room, sampler
-        self._token.copy_(token)
+        self.rows = len(token)
+        self._token[:first].copy_(token)
         if self._greedy is not None:
             self._greedy.begin(token)
         return True
@@ -118,10 +126,10 @@ class Stepper:
     @torch.inference_mode()
     def run(self, n: int) -> list[list[int]]:
         """Take n steps, at most `block`; returns n lists of the N tokens. Waits for the device."""
-        state = self.state
+        state, rows = self.state, self.rows
         if self._greedy is None:
-            place = state.position[:, None] + torch.arange(1, n + 1, device=self._u.device)
-            self._u[:, :n] = self.sampler.uniform(place)
+            place = state.position[:rows, None] + torch.arange(1, n + 1, device=self._u.device)
+            self._u[:rows, :n] = self.sampler.uniform(place)
         self._slot.zero_()
         self.room -= n
         for _ in range(n):
@@ -131,7 +139,7 @@ class Stepper:
             else:
                 self._graph(self._once)
             state.longest = longest  # a replay does not tell the host
-        made: list[list[int]] = self._made[:, :n].T.tolist()
+        made: list[list[int]] = self._made[:rows, :n].T.tolist()
         return made
 
     def keep(self, stay: Sequence[int]) -> "Stepper":
@@ -163,7 +171,7 @@ class Stepper:
 
 
 class Again:
-    """The captured steps of the last batch, for batches of as many rows that need no more room.
+    """The captured steps of the last batch, for batches that need no more room or rows.
 
     A capture and the steps before it take some 0.1 s, as long as 20 to 50 steps of many rows.
     """

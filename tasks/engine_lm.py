@@ -32,7 +32,7 @@ LEAST_WEIGHT = 256  # tokens that a row with a state of its own counts as at lea
 LEAST_PIECE = 64  # tokens: where so few do not fit the memory, fewer would not help
 LOGITS = 2**26  # entries that are held at once
 ROWS = 256  # steps of more rows than this are bound by their states: more gain nothing
-SHARE = 4  # of the free memory a quarter is for states: joins and kept steps hold them twice
+SHARE = 3  # of the free memory a third is for states: joins and kept steps hold them twice
 
 
 class LMEngine(Engine):
@@ -47,8 +47,8 @@ class LMEngine(Engine):
             number without one.
         reuse: read what requests share once.
         shortest: tokens that are worth it.
-        state_memory: bytes for the states of the rows of a generation; None: a sixth of what a GPU
-            has free, 1 GiB on a CPU.
+        state_memory: bytes for the states of the rows of a generation; None: 1 / SHARE of what
+            a GPU has free, 1 GiB on a CPU.
 
     Raises:
         ValueError: batch_tokens below 1, or a max_length beyond the model's positions.

@@ -119,9 +119,11 @@ class Requests:
         what = []
         for (context, _), s, sampling in zip(asked, settings, sampled, strict=True):
             one = [context, s["until"], s["max_gen_toks"], repr(sampling)]
-            key = request_key("", "", *one)
-            times[key] = times.get(key, -1) + 1
-            what.append([*one, times[key] if s["do_sample"] else 0])
+            number = 0
+            if s["do_sample"]:
+                key = request_key("", "", *one)
+                number = times[key] = times.get(key, -1) + 1
+            what.append([*one, number])
         keys = self._keys("generate", what, revisions)
 
         def answer(rows: list[int], keep: Callable[[int, Any], None]) -> None:

@@ -293,6 +293,15 @@ class Attention(nn.Module):
         """The state after new keys and values (B, T, kv_heads, D) at `place` (B * T,)."""
         length = state["length"] + at.length
         L, row = state["k"].shape[1], place
+        if self.window is None and L == 0 and len(place):
+            # nothing is held yet: rows are gathered, those that never count from another sequence
+            token = torch.arange(longest, device=place.device)
+            index = (at.start[:, None] + token).clamp(max=len(place) - 1).flatten()
+            held = {"k": k, "v": v}
+            for name, new in held.items():
+                part = new.flatten(0, 1).to(state[name].dtype).index_select(0, index)
+                held[name] = part.unflatten(0, (len(length), longest))
+            return {**held, "length": length}
         if self.window is None:
             more = max(longest - L, 0)
         else:
@@ -301,9 +310,9 @@ class Attention(nn.Module):
             row, more = torch.where(kept, place % self.window, self.window), 1
         after = {}
         for name, new in (("k", k), ("v", v)):
-            old = F.pad(state[name], (0, 0, 0, 0, 0, more))
+            old = F.pad(state[name], (0, 0, 0, 0, 0, more)) if more else state[name].clone()
             new = new.flatten(0, 1).to(old.dtype)
-            after[name] = old.index_put((at.sequence, row), new)[:, : self.window]
+            after[name] = old.index_put_((at.sequence, row), new)[:, : self.window]
         return {**after, "length": length}
 
 

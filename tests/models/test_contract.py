@@ -31,8 +31,11 @@ def same_state(a, b):
     for x, y in zip(a.layers, b.layers, strict=True):
         assert x.keys() == y.keys()
         for name in x:
-            n = min(x[name].shape[1], y[name].shape[1]) if x[name].ndim > 1 else None
-            same(x[name][:, :n], y[name][:, :n]) if n is not None else same(x[name], y[name])
+            if "length" in x and x[name].ndim > 1:
+                for n, length in enumerate(x["length"].tolist()):
+                    same(x[name][n, :length], y[name][n, :length])
+            else:
+                same(x[name], y[name])
 
 
 def size(state):
