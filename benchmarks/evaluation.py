@@ -15,10 +15,10 @@ Weights are random, of 340M parameters, bf16 on a GPU and fp32 on a CPU:
                   installed and writes for one document within 5 minutes
 
 A row's seconds hold all from texts to texts: tokens, batches and, of the hf backend, the search for
-its batch size, which is told apart as well. Each answers --warm documents before its time is taken, so
-that kernels are compiled. `same` is the share of documents whose text is that of the hf backend:
-with bf16 and random weights many part at a near tie, and GLA has other weights. `new` is
-the mean of tokens made.
+its batch size, which is told apart as well. Each answers --warm documents before its time is taken,
+so that kernels are compiled. `same` is the share of documents whose text is that of the hf backend:
+with bf16 and random weights many part at a near tie, and GLA has other weights. `new` is the mean
+of tokens made.
 """
 
 import argparse

@@ -31,6 +31,7 @@ def prefill(
     prompts: Sequence[Sequence[int]],
     piece: int = PIECE,
     past: tuple[Tensor, LMState] | None = None,
+    capacity: int = 0,
 ) -> tuple[Tensor, LMState]:
     """Read every prompt, packed into one row, `piece` tokens at a time.
 
@@ -40,6 +41,8 @@ def prefill(
         piece: the most tokens read at once, 1 or more.
         past: hidden (N, D) and the state of N sequences, which the prompts continue and which is
             left as it is; None: they begin here.
+        capacity: without a past, tokens of each sequence that softmax attention has room for
+            afterwards, if it holds fewer.
 
     Returns:
         hidden (N, D) after the last token of each prompt, and the state of N sequences.
@@ -64,6 +67,8 @@ def prefill(
     for first in range(0, len(tokens), piece):
         part = tokens[first : first + piece]
         bounds = (ends - first).clamp(0, len(part))
+        if past is None and first == 0:  # rows as if so many tokens came
+            state.longest = max(capacity - int(bounds.diff().max()), 0)
         last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
         asked = to_device(bounds[1:][last] - 1, device)
         cu_seqlens = bounds if len(prompts) > 1 else None  # one row needs no bounds

@@ -93,13 +93,11 @@ class Stepper:
         """Go on from other sequences, the states of all of them in parts, where what was captured
         can: as many rows or more than half, drawn alike, with no more room. False where it cannot.
         """
-        longest, rows = max(part.longest for part in parts), len(self._token)
+        longest = max(part.longest for part in parts)
         if (
-            not self.captured
-            or not rows < 2 * len(token) <= 2 * rows
+            not self._serves(len(token), longest + room)
             or (vocab, block) != (self.vocab, self.block)
             or not self.sampler.alike(sampler)
-            or longest + room > (self._most or 0)
         ):
             return False
         first = 0
@@ -122,6 +120,15 @@ class Stepper:
         if self._greedy is not None:
             self._greedy.begin(token)
         return True
+
+    def capacity(self, rows: int, need: int) -> int:
+        """The tokens that each row has room for, if that many rows which need so many can have the
+        place of those here; `need` if not."""
+        return self._most if self._most and self._serves(rows, need) else need
+
+    def _serves(self, rows: int, need: int) -> bool:
+        held = len(self._token)
+        return self.captured and held < 2 * rows <= 2 * held and need <= (self._most or 0)
 
     @torch.inference_mode()
     def run(self, n: int) -> list[list[int]]:
@@ -188,6 +195,12 @@ class Again:
         if found is not None and not found.begin(token, parts, sampler, room, vocab, block):
             found = self._stepper = None
         return found
+
+    def capacity(self, rows: int, need: int) -> int:
+        """The tokens of each sequence to have room for, where `rows` of them need so many: those of
+        the steps that are kept, whose buffers are then filled without gaps, if they can serve."""
+        kept = self._stepper
+        return need if kept is None else kept.capacity(rows, need)
 
     def keep(self, stepper: Stepper) -> None:
         """Keep these steps, if they are captured."""

@@ -1,9 +1,10 @@
 """Batches by budget, and requests that begin alike.
 
-A batch holds groups of rows up to a budget; one group that is larger is a batch alone. When memory
-runs out, the budget becomes half of what the batch held, the batch is made again smaller, and the
-smaller budget stays: nothing that was done is done twice. Groups come from the largest to the
-smallest, so a machine with too little memory shows it in the first batch.
+A batch holds groups of rows up to a budget; one group that is larger is a batch alone. Batches are
+as few as that allows, and much alike, so that none is left with a few rows. When memory runs out,
+the budget becomes half of what the batch held, the batch is made again smaller, and the smaller
+budget stays: nothing that was done is done twice. Groups come from the largest to the smallest, so
+a machine with too little memory shows it in the first batch.
 
 Rows that begin with the same tokens, as the answers to one question do, make a group: the model
 reads what they share once, and goes on from there with each. Of rows with lengths n_i that share p
@@ -123,10 +124,13 @@ class Budget:
             what `do` raises; the out-of-memory error of one row alone.
         """
         left = sorted(groups, key=weight)
+        total, count = sum(map(weight, left)), sum(len(group.rows) for group in left)
         while left:
+            # what the fewest batches that can hold all would hold each, if they were alike
+            even = total / max(-(-total // self.size), 1 if most is None else -(-count // most))
             batch = [left.pop()]
             held, rows = weight(batch[0]), len(batch[0].rows)
-            while left and held + weight(left[-1]) <= self.size:
+            while left and held < even and held + weight(left[-1]) <= self.size:
                 if most is not None and rows + len(left[-1].rows) > most:
                     break
                 batch.append(left.pop())
@@ -138,6 +142,7 @@ class Budget:
                 if whole or not out_of_memory(error):
                     raise
             else:
+                total, count = total - held, count - rows
                 continue
             self.size = max(1, min(held, self.size) // 2)
             if len(batch) == 1 and rows > 1:

@@ -32,7 +32,7 @@ LEAST_WEIGHT = 256  # tokens that a row with a state of its own counts as at lea
 LEAST_PIECE = 64  # tokens: where so few do not fit the memory, fewer would not help
 LOGITS = 2**26  # entries that are held at once
 ROWS = 256  # steps of more rows than this are bound by their states: more gain nothing
-SHARE = 3  # of the free memory a third is for states: joins and kept steps hold them twice
+SHARE = 4  # of the free memory a quarter is for states: joins and kept steps hold them twice
 
 
 class LMEngine(Engine):
@@ -203,13 +203,14 @@ class LMEngine(Engine):
 
         sampler = Sampler(asks[0].sampling, [ask.number for ask in asks])
         limits = [ask.limit for ask in asks]
-        read = self._read([ask.ids for ask in asks])
+        need = max(len(ask.ids) for ask in asks) + max(limits)
+        read = self._read([ask.ids for ask in asks], again.capacity(len(asks), need))
         vocab = self.tokenizer.vocab_size
         for _ in decode(self.lm, *read, limits, sampler, stop, vocab, again=again):
             pass
         return [self.text(ids, ask.stops) for ids, ask in zip(made, asks, strict=True)]
 
-    def _read(self, prompts: Sequence[list[int]]) -> tuple[Tensor, list[LMState]]:
+    def _read(self, prompts: Sequence[list[int]], capacity: int) -> tuple[Tensor, list[LMState]]:
         """`prefill` of whole prompts, at most a piece at once: hidden of all, states in parts."""
         piece = self._tokens.size
         parts: list[list[list[int]]] = []
@@ -220,7 +221,7 @@ class LMEngine(Engine):
                 held = 0
             parts[-1].append(prompt)
             held += len(prompt)
-        read = [prefill(self.lm, part, piece) for part in parts]
+        read = [prefill(self.lm, part, piece, capacity=capacity) for part in parts]
         return torch.cat([hidden for hidden, _ in read]), [state for _, state in read]
 
 

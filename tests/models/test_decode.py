@@ -272,6 +272,22 @@ def test_prompts_in_pieces_are_the_prompts(lm, piece):
                 torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("piece", [4, 100])
+def test_prompts_are_read_with_room_for_more(lm, piece):
+    """What is read and what comes after it is the same; attention has as many rows as asked for."""
+    limits = [6] * len(PROMPTS)
+    made = []
+    for capacity in (0, 7 + 6, 40):
+        hidden, state = prefill(lm, PROMPTS, piece, capacity=capacity)
+        assert state.longest == 7
+        for layer in state.layers:
+            rows = layer["k"].shape[1] if "length" in layer else capacity
+            assert rows >= capacity
+        sampler = Sampler(Sampling(), range(len(PROMPTS)))
+        made.append([*decode(lm, hidden, state, limits, sampler, lambda *_: False)])
+    assert made[0] == made[1] == made[2]
+
+
 def test_prompts_continue_a_past(lm):
     whole, after = prefill(lm, PROMPTS)
     past = prefill(lm, [p[:1] for p in PROMPTS])

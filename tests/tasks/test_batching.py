@@ -48,6 +48,13 @@ def test_batches_hold_the_budget_the_heaviest_first():
     assert seen == [[3], [1], [2, 0, 4]]
 
 
+def test_no_batch_is_left_with_a_few_rows():
+    seen = []
+    for most in (None, 5):
+        Budget(50).run(alone(range(12)), lambda _: 10, lambda b: seen.append(len(b)), most)
+    assert seen == [4, 4, 4] * 2
+
+
 def test_no_more_rows_than_asked_for():
     seen = []
     Budget(100).run(alone(range(5)), weights([1] * 5), lambda b: seen.append(len(b)), most=2)
