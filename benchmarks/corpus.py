@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 
-from glactl.profile_report import COLOURS
+from glactl.profile.report import COLOURS
 from glactl.run import Run
 from glactl.spec import load, spec_hash
 

@@ -43,7 +43,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
-from glactl.convert import read_model
+from glactl.convert.command import read_model
 from glactl.models.lm import LMSpec, build_lm
 from glactl.spec import load
 from glactl.tasks.engine import Engine

@@ -40,10 +40,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from glactl.device import products
 from glactl.models.lm import build_lm
 from glactl.spec import RunSpec, with_vocab
-from glactl.sweep_grid import make_grid
+from glactl.sweep.grid import make_grid
+from glactl.sweep.trial_steps import BLOCK, TrialSteps
 from glactl.tasks.mqar import MQARTask
-from glactl.train import train
-from glactl.trial_steps import BLOCK, TrialSteps
+from glactl.train.loop import train
 
 WAYS = ("captured", "eager", "loop", "plain", "plain, kernels")
 TINY = {"model": {"d_model": 16, "max_len": 16}, "train": {"batch_size": 4}}

@@ -43,7 +43,7 @@ os.environ["FLA_CACHE_RESULTS"] = "0"  # what is chosen here must not be taken f
 import torch
 from torch import Tensor
 
-from glactl.convert import read_model
+from glactl.convert.command import read_model
 from glactl.models.lm import LM
 
 ROWS, TOKENS = 2, 300

@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 
-from glactl import checkpoints
-from glactl.distributed import joined
 from glactl.run import Run
 from glactl.spec import RunSpec, load
 from glactl.tasks import Batch
-from glactl.train import train
+from glactl.train import checkpoints
+from glactl.train.distributed import joined
+from glactl.train.loop import train
 
 SPECS = Path(__file__).resolve().parents[1] / "specs"
 T, DEVICE_TOKENS = 2048, 32_768

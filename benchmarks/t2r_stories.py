@@ -51,7 +51,7 @@ def original(path: Path, like: Path) -> float:
 
     from glactl.run import Run
     from glactl.tasks import load_task
-    from glactl.train import validate
+    from glactl.train.loop import validate
 
     lm, _, _ = Run.open(path).load_model()
     spec = Run.open(like).spec

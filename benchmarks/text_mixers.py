@@ -28,7 +28,7 @@ def trial(mixer: str, lr: float, seed: int) -> dict[str, Any]:
     from glactl.models.cost import lm_cost
     from glactl.spec import load, spec_hash
     from glactl.tasks import load_task
-    from glactl.train import train, with_vocab
+    from glactl.train.loop import train, with_vocab
 
     torch.set_num_threads(1)
     spec = load(SPECS / f"text_{mixer}.yaml", sets=[f"optim.lr={lr}", f"seed={seed}"])

@@ -41,14 +41,14 @@ import torch
 from glactl.device import products
 from glactl.models.cost import lm_cost
 from glactl.models.lm import build_lm
-from glactl.optim import make_optimizer
 from glactl.peaks import peak_flops
 from glactl.spec import RunSpec
-from glactl.stages import stage_at
 from glactl.tasks import Batch
-from glactl.train_feed import Portion
-from glactl.train_layers import quicken
-from glactl.train_step import Stepper
+from glactl.train.feed import Portion
+from glactl.train.layers import quicken
+from glactl.train.optim import make_optimizer
+from glactl.train.stages import stage_at
+from glactl.train.step import Stepper
 
 OURS = ("gla", "gsa", "retnet", "attention")
 THEIRS = ("fla_gla", "fla_gsa", "llama")

@@ -14,7 +14,7 @@ import yaml
 
 from glactl import console
 from glactl.models.spec import Spec
-from glactl.plan import binary, short
+from glactl.plan.predict import binary, short
 from glactl.spec_source import SpecError, nearest
 from glactl.tasks.frames import Frame
 from glactl.tasks.prepare import Progress, prepare

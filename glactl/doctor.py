@@ -26,8 +26,8 @@ import torch
 from glactl import console
 from glactl.device import pick_device
 from glactl.kernels import gla_step
-from glactl.operators import OPERATORS, Shape, error, relative
-from glactl.profile_cases import allowed_error
+from glactl.profile.cases import allowed_error
+from glactl.profile.operators import OPERATORS, Shape, error, relative
 from glactl.versions import driver, installed
 
 PATIENCE = 3.0  # seconds for the hub

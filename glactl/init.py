@@ -13,9 +13,9 @@ Source: Zhang et al. 2024, arXiv:2409.07146, Sec. 4.2.
 
 from typing import Any
 
+from glactl.convert.original import Original, find_original
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
-from glactl.original import Original, find_original
 from glactl.spec import RunSpec
 from glactl.spec_source import Source, SpecError
 

@@ -59,10 +59,10 @@ class TrainSpec(Spec):
 
     precision is that of products: auto is bf16 on a GPU that has it, fp32 elsewhere. Weights, their
     gradients and moments, the residual, norms, gates and states are fp32 in either. loss: how the
-    logits are held, see train_loss.py. compile: layers and loss through torch.compile. recompute:
+    logits are held, see train/loss.py. compile: layers and loss through torch.compile. recompute:
     what is inside of a layer is computed again in the backward pass, not kept. capture: the step as
     a CUDA graph; auto: where its shapes do not change. parallel: how several processes of torchrun
-    share a model, see distributed.py.
+    share a model, see train/distributed.py.
     """
 
     steps: int = Field(500, ge=1)

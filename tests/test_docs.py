@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from glactl.cli import app
+from glactl.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = {path.stem: path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("docs/*.md"))}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.models.cost import lm_cost
 from glactl.spec import load
 

@@ -4,11 +4,11 @@ import sys
 
 import torch
 
-from glactl import distributed
-from glactl.distributed import joined
 from glactl.models.lm import build_lm
 from glactl.run import Run
-from glactl.train import train
+from glactl.train import distributed
+from glactl.train.distributed import joined
+from glactl.train.loop import train
 
 
 def poisoned(*args, **options):
@@ -29,9 +29,9 @@ def main():
     with joined("cpu") as (group, device):
         run = Run.open(path)
         if fault == "poison" and group.rank == 1:
-            import glactl.train
+            import glactl.train.loop
 
-            glactl.train.build_lm = poisoned
+            glactl.train.loop.build_lm = poisoned
         if fault == "again":
             distributed.KEPT = 0
         resume = any((run.path / "checkpoints").iterdir())

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from glactl import __version__
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.spec import RunSpec
 from glactl.tasks import DataUnavailable
 
@@ -83,7 +83,7 @@ def test_data_that_cannot_be_reached(glactl, monkeypatch):
     def absent(*args):
         raise DataUnavailable("wiki could not be reached; is there a network?")
 
-    monkeypatch.setattr("glactl.session.load_task", absent)
+    monkeypatch.setattr("glactl.train.session.load_task", absent)
     fails(glactl("train"), 3, "wiki could not be reached.*")
 
 
@@ -91,7 +91,7 @@ def test_out_of_memory(glactl, spec, monkeypatch):
     def full(*args, **kwargs):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory\n  at x.cpp")
 
-    monkeypatch.setattr("glactl.train_loss.Objective.forward", full)
+    monkeypatch.setattr("glactl.train.loss.Objective.forward", full)
     result = glactl("train", spec, "--quiet")
     assert result.exit_code == 4
     assert re.fullmatch(
@@ -198,7 +198,7 @@ def test_plan_computes_and_writes_nothing(glactl, spec):
 
 def test_plan_json_is_the_cost_model(glactl, spec, tiny_spec):
     from glactl.models.cost import lm_cost
-    from glactl.train import with_vocab
+    from glactl.train.loop import with_vocab
 
     numbers = json.loads(glactl("train", spec, "--plan", "--json").stdout)
     cost = lm_cost(with_vocab(tiny_spec, 259).model, 12)
@@ -217,7 +217,7 @@ def test_plan_of_mqar(glactl):
 
 
 def test_resume_takes_the_newest_run_or_the_one_named(glactl, spec, monkeypatch):
-    from glactl.train import train
+    from glactl.train.loop import train
 
     def cut(*args, **kwargs):
         for step in train(*args, **kwargs):
@@ -226,7 +226,7 @@ def test_resume_takes_the_newest_run_or_the_one_named(glactl, spec, monkeypatch)
                 os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr("glactl.session.train", cut)
+        patch.setattr("glactl.train.session.train", cut)
         stopped = glactl("train", spec)
     (run,) = Path("runs").iterdir()
     assert stopped.exit_code == 6

@@ -4,7 +4,7 @@ import random
 import numpy as np
 import pytest
 
-from glactl.compare import RESAMPLES, difference, differences
+from glactl.evaluate.compare import RESAMPLES, difference, differences
 from glactl.tasks.outcome import Metric, Outcome, Row, mean, mean_metric
 
 

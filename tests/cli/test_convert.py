@@ -13,12 +13,12 @@ from fla_layers import CONFIGS, GQA, INNER, VOCAB, D, L, fla_logits, fla_tensors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glactl import checkpoints
-from glactl.cli import app
-from glactl.convert_files import write_safetensors
+from glactl.cli.main import app
+from glactl.convert.files import write_safetensors
 from glactl.models.lm import build_lm
 from glactl.run import Position, Run
 from glactl.spec import RunSpec
+from glactl.train import checkpoints
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
 LLAMA = {
@@ -338,7 +338,7 @@ def test_an_export_that_is_not_the_model_is_not_kept(glactl, tmp_path, monkeypat
         there |= zip(names, (tensors[n] for n in reversed(names)), strict=True)
         write_safetensors(path, there, dtype)
 
-    monkeypatch.setattr("glactl.convert.write_safetensors", swapped)
+    monkeypatch.setattr("glactl.convert.command.write_safetensors", swapped)
     made = glactl("export", "runs/a", "--out", "out")
     assert made.exit_code == 1
     assert "read back, the export gives other logits" in made.stderr

@@ -11,9 +11,9 @@ from fla_layers import VOCAB, D, L, draw, rms
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glactl.cli import app
-from glactl.convert import read_model
-from glactl.convert_maps import describe
+from glactl.cli.main import app
+from glactl.convert.command import read_model
+from glactl.convert.maps import describe
 from glactl.models.lm_spec import LMSpec
 from glactl.run import Run
 

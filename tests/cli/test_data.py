@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from glactl import data_command
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.run import Run
 from glactl.tasks import batch_hash, load_task
 from glactl.tasks.prepare_shard import Recipe

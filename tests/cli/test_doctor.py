@@ -7,9 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glactl import doctor, operators
-from glactl.cli import app
+from glactl import doctor
+from glactl.cli.main import app
 from glactl.doctor import Check, Unwell
+from glactl.profile import operators
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.tasks import stock
 
 ROOT = Path(__file__).resolve().parents[2]

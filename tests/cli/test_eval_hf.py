@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.tasks.engine_hf import HFEngine, own_tokenizer, takes_padding
 
 transformers = pytest.importorskip("transformers")

@@ -1,8 +1,8 @@
 import re
 from html.parser import HTMLParser
 
-from glactl import eval_html
-from glactl.eval_html import page, worst_first
+from glactl.evaluate import html as eval_html
+from glactl.evaluate.html import page, worst_first
 from glactl.tasks.outcome import Metric, Outcome, Row
 
 

@@ -1,7 +1,7 @@
 from dataclasses import replace
 
-from glactl.evaluate_papers import paper_tables
-from glactl.evaluate_report import Measured
+from glactl.evaluate.papers import paper_tables
+from glactl.evaluate.report import Measured
 from glactl.tasks.outcome import Metric, Outcome
 
 

@@ -5,13 +5,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from glactl.cli import app
-from glactl.generate import generate
+from glactl.cli.main import app
+from glactl.generate.command import generate
+from glactl.generate.prompts import read_prompts
+from glactl.generate.states import load_past, save_past
 from glactl.models.lm import LMSpec, build_lm
 from glactl.models.sampling import Sampling
-from glactl.prompts import read_prompts
 from glactl.run import Position
-from glactl.states import load_past, save_past
 from glactl.tasks.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()
@@ -201,7 +201,7 @@ def test_samples_of_a_prompt_differ_and_do_not_depend_on_the_batch(glactl, byte_
     rows = [json.loads(line) for line in whole.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == ["a"] * 5 + ["b"] * 5
     assert len({row["text"] for row in rows}) > 5
-    monkeypatch.setattr("glactl.generate.BATCH", 3)
+    monkeypatch.setattr("glactl.generate.command.BATCH", 3)
     assert glactl(*args).stdout == whole.stdout
 
 
@@ -284,7 +284,7 @@ def test_states_on_the_command_line(glactl, byte_run):
 def test_texts_go_to_a_file_that_a_second_command_goes_on_with(
     glactl, byte_run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("glactl.generate.BATCH", 2)
+    monkeypatch.setattr("glactl.generate.command.BATCH", 2)
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(f"text {i}") for i in range(5)))
     args = ("generate", byte_run.path, "--prompts", "p.jsonl", "-n", 6, "--seed", 2)
     expected = [json.loads(line) for line in glactl(*args, "--json").stdout.splitlines()]

@@ -9,7 +9,7 @@ import torch
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LM
 from glactl.spec import RunSpec, load
-from glactl.train import train
+from glactl.train.loop import train
 
 SPECS = Path(__file__).resolve().parents[2] / "specs"
 ALL = sorted(SPECS.rglob("*.yaml"))

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from glactl.positions import Positions, without_positions
+from glactl.evaluate.positions import Positions, without_positions
 from glactl.tasks import Batch
 
 

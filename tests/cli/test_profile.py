@@ -10,16 +10,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glactl import measure, operators, operators_peers, profile_process
-from glactl.cli import app
-from glactl.measure import Rates, peak_bytes, quantile, saved_bytes, timing
+from glactl.cli.main import app
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec
-from glactl.operators import OPERATORS, Operator, Shape, error
-from glactl.profile import NoMemory, WrongResults, _judge
-from glactl.profile_calls import make_call
-from glactl.profile_cases import Case, Failed, Measured, allowed_error, crossover
-from glactl.profile_plan import parse_lengths
+from glactl.profile import measure, operators
+from glactl.profile import peers as operators_peers
+from glactl.profile import process as profile_process
+from glactl.profile.calls import make_call
+from glactl.profile.cases import Case, Failed, Measured, allowed_error, crossover
+from glactl.profile.command import NoMemory, WrongResults, _judge
+from glactl.profile.measure import Rates, peak_bytes, quantile, saved_bytes, timing
+from glactl.profile.operators import OPERATORS, Operator, Shape, error
+from glactl.profile.plan import parse_lengths
 
 CPU = torch.device("cpu")
 RATES = Rates(1e10, 1e11, "float32")
@@ -29,8 +31,8 @@ RATES = Rates(1e10, 1e11, "float32")
 def glactl(tmp_path, monkeypatch):
     """Run the command line in an empty folder, on a machine whose rates are known."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("glactl.profile.rates", lambda *_: RATES)
-    monkeypatch.setattr("glactl.profile_plan.SECONDS", 0.0)
+    monkeypatch.setattr("glactl.profile.command.rates", lambda *_: RATES)
+    monkeypatch.setattr("glactl.profile.plan.SECONDS", 0.0)
     return lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 
 

@@ -2,8 +2,8 @@ import json
 
 import pytest
 
-from glactl.profile_baseline import Regression, compare, parse_share, read, show
-from glactl.profile_cases import Failed, Measured
+from glactl.profile.baseline import Regression, compare, parse_share, read, show
+from glactl.profile.cases import Failed, Measured
 
 
 def row(median, half, T=8):

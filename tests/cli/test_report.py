@@ -7,10 +7,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glactl import page
-from glactl.cli import app
+from glactl.cli.main import app
+from glactl.report import page
 from glactl.run import Run
-from glactl.train import train
+from glactl.train.loop import train
 
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -22,11 +22,11 @@ OUTSIDE = re.compile(r"""(?:\bsrc=|\bhref=|url\(|@import)\s*["']?(?!["']?#)""")
 @pytest.fixture
 def glactl(tmp_path, monkeypatch):
     """Run the command line in an empty folder, on a machine whose rates need not be measured."""
-    from glactl.measure import Rates
+    from glactl.profile.measure import Rates
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("glactl.profile.rates", lambda *_: Rates(1e10, 1e11, "float32"))
-    monkeypatch.setattr("glactl.profile_plan.SECONDS", 0.0)
+    monkeypatch.setattr("glactl.profile.command.rates", lambda *_: Rates(1e10, 1e11, "float32"))
+    monkeypatch.setattr("glactl.profile.plan.SECONDS", 0.0)
     return lambda *args: CliRunner().invoke(app, [str(a) for a in args])
 
 

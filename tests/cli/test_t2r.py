@@ -11,20 +11,20 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from glactl.cli import app
+from glactl.cli.main import app
+from glactl.convert.original import find_original
 from glactl.init import agree
-from glactl.match import distance, paired, teachers
 from glactl.models.lm import LM, build_lm
 from glactl.models.losses import token_losses
-from glactl.optim import make_optimizer
-from glactl.original import find_original
-from glactl.plan import plan_numbers
+from glactl.plan.predict import plan_numbers
 from glactl.run import Run
 from glactl.spec import RunSpec, load
-from glactl.stages import stage_at
 from glactl.tasks import Batch
-from glactl.train import Stopped, train
-from glactl.transfer import calibrate, fingerprint, transfer
+from glactl.train.loop import Stopped, train
+from glactl.train.match import distance, paired, teachers
+from glactl.train.optim import make_optimizer
+from glactl.train.stages import stage_at
+from glactl.train.transfer import calibrate, fingerprint, transfer
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data"
 D, L, VOCAB, INNER = 16, 2, 259, 24

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from glactl.models.lm import build_lm
-from glactl.optim import learning_rate, make_optimizer
 from glactl.run import Run
 from glactl.spec import OptimSpec, RunSpec
-from glactl.train import MAX_SKIPPED, Stopped, seeded, train, validate, with_vocab
+from glactl.train.loop import MAX_SKIPPED, Stopped, seeded, train, validate, with_vocab
+from glactl.train.optim import learning_rate, make_optimizer
 
 CPU = torch.device("cpu")
 SUMS = 4 * 12 * torch.finfo(torch.float32).eps  # a sum over a step's targets, in any order
@@ -195,7 +195,7 @@ def poisoned(monkeypatch):
             poison(model, when)
             return model
 
-        monkeypatch.setattr("glactl.train.build_lm", build)
+        monkeypatch.setattr("glactl.train.loop.build_lm", build)
 
     return poisoned
 
@@ -312,7 +312,7 @@ def test_the_gradient_is_clipped_as_a_whole(tiny_data, toy, monkeypatch):
         optimizer.register_step_pre_hook(look)
         return optimizer
 
-    monkeypatch.setattr("glactl.stages.make_optimizer", make)
+    monkeypatch.setattr("glactl.train.stages.make_optimizer", make)
     step = next(train(RunSpec.model_validate(tiny_data), device="cpu", task=toy))
     assert seen == pytest.approx([1e-3], rel=1e-2)  # torch adds 1e-6 to the norm it divides by
     assert step.grad_norm > 0.1

@@ -9,7 +9,7 @@ import torch
 from glactl.models.lm import build_lm
 from glactl.run import Run
 from glactl.spec import RunSpec
-from glactl.train import train
+from glactl.train.loop import train
 
 GPU = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -28,9 +28,9 @@ class Itself:
 def device(request, monkeypatch):
     """On a CPU the real questions about a device are left out."""
     if request.param == "cpu":
-        monkeypatch.setattr("glactl.train_step.Graph", Itself)
+        monkeypatch.setattr("glactl.train.step.Graph", Itself)
         monkeypatch.setattr(
-            "glactl.train_step.capturable",
+            "glactl.train.step.capturable",
             lambda spec, *rest: None if spec.train.capture else "train.capture is false",
         )
     elif not torch.cuda.is_available():
@@ -75,8 +75,8 @@ def test_all_graphs_of_a_step_are_captured_in_the_same_step(parts, data, make_to
             self.left -= 1
             call()
 
-    monkeypatch.setattr("glactl.train_step.Graph", Counted)
-    monkeypatch.setattr("glactl.train_step.capturable", lambda *_: None)
+    monkeypatch.setattr("glactl.train.step.Graph", Counted)
+    monkeypatch.setattr("glactl.train.step.capturable", lambda *_: None)
     spec, steps = spec_of(data, accumulate=parts), []
     for step in train(spec, device="cpu", task=make_toy()):
         steps.append(step)
@@ -103,7 +103,7 @@ def test_a_captured_step_that_is_not_finite_changes_nothing(data, make_toy, devi
             model.embed.weight[13] = torch.inf
         return model
 
-    monkeypatch.setattr("glactl.train.build_lm", build)
+    monkeypatch.setattr("glactl.train.loop.build_lm", build)
     spec = spec_of(data, accumulate=1)
     steps = list(train(spec, device=device, task=Bad()))
     assert [s.step for s in steps if s.skipped] == [4]

@@ -4,12 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from glactl.measure import saved_bytes
 from glactl.models.lm import LMSpec, build_lm
+from glactl.profile.measure import saved_bytes
 from glactl.spec import RunSpec
-from glactl.train import train
-from glactl.train_layers import quicken
-from glactl.train_loss import LARGEST, Objective, chunked_loss
+from glactl.train.layers import quicken
+from glactl.train.loop import train
+from glactl.train.loss import LARGEST, Objective, chunked_loss
 
 N, D, V = 23, 8, 50
 MODEL = {"d_model": 16, "n_layers": 4, "mixer": {"kind": "gla", "heads": 2}, "vocab_size": V}
@@ -100,12 +100,12 @@ def test_auto_takes_chunks_where_there_are_many_logits(monkeypatch):
         asked.append(args)
         return chunked_loss(*args)
 
-    monkeypatch.setattr("glactl.train_loss.chunked_loss", noted)
+    monkeypatch.setattr("glactl.train.loss.chunked_loss", noted)
     lm = build_lm(LMSpec.model_validate(MODEL), 0)
     tokens = torch.randint(V, (2, 12))
     Objective(lm)(tokens, tokens)
     assert not asked
-    monkeypatch.setattr("glactl.train_loss.LARGEST", 24 * V - 1)
+    monkeypatch.setattr("glactl.train.loss.LARGEST", 24 * V - 1)
     Objective(lm)(tokens, tokens)
     assert len(asked) == 1
     assert LARGEST * 4 == 2**28  # 256 MiB in fp32

@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 
-from glactl import checkpoints
-from glactl.checkpoints_async import Saver
 from glactl.models.lm import build_lm
-from glactl.plan_fit import OutOfMemory, fitted, fitting, memory_of
+from glactl.plan.fit import OutOfMemory, fitted, fitting, memory_of
 from glactl.run import Run
 from glactl.spec import RunSpec
-from glactl.train import train
+from glactl.train import checkpoints
+from glactl.train.checkpoints_async import Saver
+from glactl.train.loop import train
 
 CPU = torch.device("cpu")
 
@@ -70,7 +70,7 @@ class Marked:
 
 
 def test_the_module_and_the_rows_that_are_not_finite_are_named(tiny_data, tmp_path, monkeypatch):
-    monkeypatch.setattr("glactl.train.build_lm", broken(12, "blocks.1.ffn.up"))
+    monkeypatch.setattr("glactl.train.loop.build_lm", broken(12, "blocks.1.ffn.up"))
     run = make(tiny_data, tmp_path)
     steps = list(train(run.spec, device="cpu", run=run, task=Marked()))
     assert [s.step for s in steps if s.skipped] == [3]
@@ -87,7 +87,7 @@ def test_a_run_that_is_given_up_says_where(tiny_data, toy, monkeypatch):
         model.blocks[0].mixer.out.weight.register_hook(lambda grad: grad * torch.inf)
         return model
 
-    monkeypatch.setattr("glactl.train.build_lm", build)
+    monkeypatch.setattr("glactl.train.loop.build_lm", build)
     place = re.escape("the backward pass ceases to be finite at blocks.0.mixer.out.weight")
     with pytest.raises(FloatingPointError, match=place):
         list(train(RunSpec.model_validate(tiny_data), device="cpu", task=toy))
@@ -203,7 +203,7 @@ def memory(monkeypatch):
     """Sets the bytes of a device."""
 
     def of(size):
-        monkeypatch.setattr("glactl.plan_fit.device_memory", lambda device: int(size))
+        monkeypatch.setattr("glactl.plan.fit.device_memory", lambda device: int(size))
 
     return of
 
@@ -237,7 +237,7 @@ def test_out_of_memory_says_what_was_largest_and_what_fits(tiny_data, toy, memor
     def full(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("glactl.train_loss.Objective.forward", full)
+    monkeypatch.setattr("glactl.train.loss.Objective.forward", full)
     memory(sum(memory_of(spec, 4, CPU).values()) / 0.9 + 10)
     told = r"largest are activations, .* of 16 rows; train.accumulate 4 \(of 4 rows\) should fit"
     with pytest.raises(OutOfMemory, match=told):

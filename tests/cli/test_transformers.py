@@ -6,8 +6,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from glactl.cli import app
-from glactl.convert import read_model
+from glactl.cli.main import app
+from glactl.convert.command import read_model
 
 transformers = pytest.importorskip("transformers")
 

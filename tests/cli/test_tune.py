@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 pytest.importorskip("triton")
 
-from glactl import tune, tune_trial
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.kernels import gla, gsa, triton_gla, tuned
-from glactl.tune import TuneFailed, in_a_process, search, wrong
-from glactl.tune_trial import Trial, Work
+from glactl.profile import tune, tune_trial
+from glactl.profile.tune import TuneFailed, in_a_process, search, wrong
+from glactl.profile.tune_trial import Trial, Work
 
 WORK = Work("key", 128, 256, 0, 4, 4, "bfloat16", 2048, 8, "cuda:0")
 RULE = triton_gla.tiles(128, 256, torch.bfloat16)

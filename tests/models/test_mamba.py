@@ -10,8 +10,8 @@ from drawn import draw, filled, same
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec, build_lm
 from glactl.models.mixers.mamba import Mamba
-from glactl.optim import make_optimizer
 from glactl.spec import OptimSpec
+from glactl.train.optim import make_optimizer
 
 
 def test_the_block_by_its_equations():

@@ -21,7 +21,7 @@ if not LLAMA.is_dir():
 import transformers  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
-from glactl.convert import read_model  # noqa: E402
+from glactl.convert.command import read_model  # noqa: E402
 from glactl.tasks.engine_hf import HFEngine, own_tokenizer  # noqa: E402
 from glactl.tasks.engine_lm import LMEngine  # noqa: E402
 from glactl.tasks.harness import HarnessLM  # noqa: E402

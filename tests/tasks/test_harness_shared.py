@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glactl.convert import read_model
+from glactl.convert.command import read_model
 from glactl.models.lm import LMSpec, build_lm
 from glactl.tasks.engine_lm import LMEngine
 from glactl.tasks.measure import measure_stock

@@ -4,15 +4,15 @@ import pytest
 from sweeping import TINY, json_copy
 from typer.testing import CliRunner
 
-from glactl.cli import app
-from glactl.trial import Record
+from glactl.cli.main import app
+from glactl.sweep.trial import Record
 
 
 @pytest.fixture
 def preset(monkeypatch):
     """Any preset is this one, TINY; a test may change it."""
     data = json_copy(TINY)
-    monkeypatch.setattr("glactl.sweep_grid.read_preset", lambda name: json_copy(data))
+    monkeypatch.setattr("glactl.sweep.grid.read_preset", lambda name: json_copy(data))
     return data
 
 
@@ -37,7 +37,7 @@ def trained(monkeypatch):
         valid = {"loss": 1.0, "accuracy": found}
         yield Record(2, 1.0, 1.5, curve=((2, found),), valid=valid, done=True)
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", fake)
-    monkeypatch.setattr("glactl.sweep_estimate.train", lambda *_, **__: iter(()))
+    monkeypatch.setattr("glactl.sweep.run.run_trial", fake)
+    monkeypatch.setattr("glactl.sweep.estimate.train", lambda *_, **__: iter(()))
     fake.calls, fake.accuracies = calls, accuracies
     return fake

@@ -5,9 +5,9 @@ import re
 import pytest
 import torch
 
-from glactl import sweep_estimate
-from glactl.sweep_estimate import STEPS, Clock, seconds_per_operation
-from glactl.sweep_grid import make_grid
+from glactl.sweep import estimate as sweep_estimate
+from glactl.sweep.estimate import STEPS, Clock, seconds_per_operation
+from glactl.sweep.grid import make_grid
 
 CPU = torch.device("cpu")
 

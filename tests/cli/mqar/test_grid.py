@@ -5,12 +5,12 @@ import re
 import pytest
 from typer.testing import CliRunner
 
-from glactl.cli import app
+from glactl.cli.main import app
 from glactl.models.cost import lm_cost
 from glactl.models.mixers import KINDS
 from glactl.spec import spec_hash
-from glactl.sweep_grid import make_grid, presets
-from glactl.train import with_vocab
+from glactl.sweep.grid import make_grid, presets
+from glactl.train.loop import with_vocab
 
 NAMES = ", ".join(KINDS)
 

@@ -3,7 +3,7 @@
 import pytest
 from sweeping import table
 
-from glactl.sweep_grid import make_grid
+from glactl.sweep.grid import make_grid
 
 
 @pytest.fixture

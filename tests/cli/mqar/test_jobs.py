@@ -14,14 +14,14 @@ import pytest
 import torch
 from sweeping import TINY
 
-from glactl import sweep_jobs
-from glactl.sweep_grid import make_grid
-from glactl.sweep_jobs import Jobs, Orders, default_jobs, devices_of
-from glactl.sweep_results import Outcome, Result, Results
-from glactl.sweep_run import Sweep, SweepStopped, run_sweep, standing_errors
-from glactl.sweep_stop import Stop
-from glactl.train import train
-from glactl.trial import Record, run_trial
+from glactl.sweep import jobs as sweep_jobs
+from glactl.sweep.grid import make_grid
+from glactl.sweep.jobs import Jobs, Orders, default_jobs, devices_of
+from glactl.sweep.results import Outcome, Result, Results
+from glactl.sweep.run import Sweep, SweepStopped, run_sweep, standing_errors
+from glactl.sweep.stop import Stop
+from glactl.sweep.trial import Record, run_trial
+from glactl.train.loop import train
 
 CPU = torch.device("cpu")
 ENDLESS = {"steps": 10**6, "valid_every": 10**5}
@@ -68,7 +68,7 @@ def pretend(monkeypatch, folder, act):
         act(spec, n)
         yield Record(4, 1.0, 1.5, ((4, 0.5),), {"loss": 1.0, "accuracy": 0.5}, done=True)
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", fake)
+    monkeypatch.setattr("glactl.sweep.run.run_trial", fake)
 
 
 def kill_at(lr, seed, times):
@@ -138,7 +138,7 @@ def test_the_deadline_stops_workers_with_their_states_kept(preset, forked, tmp_p
 def test_minutes_end_the_command_with_its_tables(glactl, preset, monkeypatch):
     """After the third step of the first trial, by the clock; then the same command goes on."""
     clock = SimpleNamespace(time=time.time)
-    monkeypatch.setattr("glactl.sweep_stop.time", clock)
+    monkeypatch.setattr("glactl.sweep.stop.time", clock)
 
     def late(*args, **kwargs):
         for record in run_trial(*args, **kwargs):
@@ -146,7 +146,7 @@ def test_minutes_end_the_command_with_its_tables(glactl, preset, monkeypatch):
             if record.step == 3:
                 clock.time = lambda: time.time() + 60
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", late)
+    monkeypatch.setattr("glactl.sweep.run.run_trial", late)
     stopped = glactl("--mixers", "gla", "--lrs", "1e-2", "--minutes", "1")
     assert stopped.exit_code == 6, stopped.output
     assert stopped.stdout.splitlines()[1].endswith("not run")
@@ -166,8 +166,8 @@ def test_minutes_end_the_command_with_its_tables(glactl, preset, monkeypatch):
 def test_workers_end_when_their_sweep_is_killed(preset, tmp_path):
     """The sweep itself, with SIGKILL: its workers keep their states and free their claims."""
     code = (
-        "import sys, yaml, glactl.sweep_grid as g\n"
-        "from glactl.sweep import mqar_command\n"
+        "import sys, yaml, glactl.sweep.grid as g\n"
+        "from glactl.sweep.command import mqar_command\n"
         "data = yaml.safe_load(sys.argv[1])\n"
         "g.read_preset = lambda name: yaml.safe_load(sys.argv[1])\n"
         "if __name__ == '__main__':\n"

@@ -6,11 +6,11 @@ import re
 import pytest
 from sweeping import table
 
-from glactl.sweep_grid import make_grid
-from glactl.sweep_prune import Prune, parse_prune
-from glactl.sweep_results import Results
-from glactl.train import Stopped
-from glactl.trial import Record
+from glactl.sweep.grid import make_grid
+from glactl.sweep.prune import Prune, parse_prune
+from glactl.sweep.results import Results
+from glactl.sweep.trial import Record
+from glactl.train.loop import Stopped
 
 
 @pytest.mark.parametrize(
@@ -71,8 +71,8 @@ def curves(monkeypatch, preset, tmp_path):
             kept.note(record)
             yield record
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", fake)
-    monkeypatch.setattr("glactl.sweep_estimate.train", lambda *_, **__: iter(()))
+    monkeypatch.setattr("glactl.sweep.run.run_trial", fake)
+    monkeypatch.setattr("glactl.sweep.estimate.train", lambda *_, **__: iter(()))
     return calls, found
 
 

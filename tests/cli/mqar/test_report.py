@@ -6,12 +6,12 @@ import re
 import pytest
 from sweeping import table
 
-from glactl import sweep_plot
 from glactl.models.mixers import KINDS
-from glactl.profile_report import COLOURS
-from glactl.sweep_grid import make_grid
-from glactl.sweep_results import Outcome, Result, Results
-from glactl.sweep_rows import edge_warnings, summarise
+from glactl.profile.report import COLOURS
+from glactl.sweep import plot as sweep_plot
+from glactl.sweep.grid import make_grid
+from glactl.sweep.results import Outcome, Result, Results
+from glactl.sweep.rows import edge_warnings, summarise
 
 
 def test_seeds_are_averaged_and_their_spread_is_shown(glactl, trained, monkeypatch):

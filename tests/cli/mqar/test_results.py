@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from glactl import sweep_run
 from glactl.spec import spec_hash
-from glactl.sweep_claims import Claims
-from glactl.sweep_grid import make_grid
-from glactl.sweep_results import Result, Results, pending
-from glactl.sweep_run import standing_errors
-from glactl.trial import Record
+from glactl.sweep import run as sweep_run
+from glactl.sweep.claims import Claims
+from glactl.sweep.grid import make_grid
+from glactl.sweep.results import Result, Results, pending
+from glactl.sweep.run import standing_errors
+from glactl.sweep.trial import Record
 
 RECORDED = Path(__file__).parents[3] / "benchmarks" / "results" / "mqar_quick.jsonl"
 CPU, FORK = torch.device("cpu"), multiprocessing.get_context("fork")

@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from glactl.slices import Slices, of_slices
 from glactl.spec import RunSpec
+from glactl.sweep.slices import Slices, of_slices
 from glactl.tasks import Batch
-from glactl.train import train
+from glactl.train.loop import train
 
 MIXTURE = {
     "kind": "mqar",

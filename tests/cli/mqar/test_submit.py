@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("submitit")
-from glactl.sweep_submit import submit, work
+from glactl.sweep.submit import submit, work
 
 GRID = """
 preset: quick
@@ -78,7 +78,7 @@ def test_without_the_package_there_is_a_word(glactl, monkeypatch):
 
 
 def test_the_command_comes_back_at_once(glactl, monkeypatch):
-    monkeypatch.setattr("glactl.sweep_submit.submit", lambda options, nodes, slurm: ["7", "8"])
+    monkeypatch.setattr("glactl.sweep.submit.submit", lambda options, nodes, slurm: ["7", "8"])
     began = time.monotonic()
     done = glactl("--nodes", "2", "--slurm", "gpus_per_node=8", "--json")
     assert json.loads(done.stdout) == {"event": "submitted", "jobs": ["7", "8"]}

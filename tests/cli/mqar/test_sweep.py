@@ -12,9 +12,9 @@ import yaml
 from sweeping import table
 
 from glactl import console
-from glactl.sweep_grid import make_grid
-from glactl.train import Stopped, train
-from glactl.trial import Kept, run_trial
+from glactl.sweep.grid import make_grid
+from glactl.sweep.trial import Kept, run_trial
+from glactl.train.loop import Stopped, train
 
 
 def test_the_command_end_to_end_and_again(glactl, tmp_path, monkeypatch):
@@ -49,7 +49,7 @@ def test_the_command_end_to_end_and_again(glactl, tmp_path, monkeypatch):
         t.key for t in trials
     }
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", lambda *_, **__: pytest.fail("ran again"))
+    monkeypatch.setattr("glactl.sweep.run.run_trial", lambda *_, **__: pytest.fail("ran again"))
     before = {name: (folder / name).read_bytes() for name in files}
     again = glactl("--dims", "16,32", "--lrs", "1e-2")
     assert again.stdout == done.stdout
@@ -139,12 +139,12 @@ def test_a_real_signal_while_a_trial_trains(glactl, monkeypatch):
             if record.step == 3:
                 os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr("glactl.sweep_run.run_trial", cut)
+    monkeypatch.setattr("glactl.sweep.run.run_trial", cut)
     stopped = glactl("--mixers", "gla")
     assert stopped.exit_code == 6
     assert "inside gla d 16 lr 0.01 seed 0 (stopped after step 3)" in stopped.stderr
     assert not Path("sweeps/quick/results.jsonl").exists()
-    monkeypatch.setattr("glactl.sweep_run.run_trial", run_trial)
+    monkeypatch.setattr("glactl.sweep.run.run_trial", run_trial)
     (trial, *_) = make_grid(mixers="gla").trials
     kept = Kept.of(Path("sweeps/quick"), trial.key)
     assert kept.read().step == 3
@@ -172,8 +172,8 @@ def test_quiet_has_no_progress(glactl, trained):
 
 
 def test_exit_code_of_a_stop_is_consoles():
-    from glactl.sweep import SweepFailed
-    from glactl.sweep_run import SweepStopped
+    from glactl.sweep.command import SweepFailed
+    from glactl.sweep.run import SweepStopped
 
     assert console.exit_code(SweepStopped()) == 6
     assert console.exit_code(SweepFailed()) == 1

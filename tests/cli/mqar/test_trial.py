@@ -9,13 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from glactl import optim, train_loss, trial, trial_steps
 from glactl.spec import RunSpec
-from glactl.sweep_grid import make_grid, read_preset
+from glactl.sweep import trial, trial_steps
+from glactl.sweep.grid import make_grid, read_preset
+from glactl.sweep.trial import Kept, Record, run_trial
+from glactl.sweep.trial_steps import TrialSteps
 from glactl.tasks import load_task
-from glactl.train import Stopped, train, with_vocab
-from glactl.trial import Kept, Record, run_trial
-from glactl.trial_steps import TrialSteps
+from glactl.train import loss as train_loss
+from glactl.train import optim
+from glactl.train.loop import Stopped, train, with_vocab
 
 ONE = {"vocab_size": 32, "seq_len": 8, "pairs": 2, "n_train": 30, "n_valid": 16}
 PARTS = [{"seq_len": 8, "pairs": 1, "rows": 20}, {"seq_len": 16, "pairs": 2, "rows": 13}]
@@ -96,7 +98,7 @@ def broken_at(monkeypatch, broken):
 
         return clip
 
-    monkeypatch.setattr("glactl.train_step.clip", spoiled())
+    monkeypatch.setattr("glactl.train.step.clip", spoiled())
     monkeypatch.setattr(trial_steps, "clip", spoiled())
 
 
@@ -245,7 +247,7 @@ def test_layers_of_captured_steps_are_compiled_once_for_every_shape(
         return graph.forward
 
     torch._dynamo.reset()
-    monkeypatch.setattr("glactl.train_loss._compiled_slope", lambda: train_loss._slope)
+    monkeypatch.setattr("glactl.train.loss._compiled_slope", lambda: train_loss._slope)
     monkeypatch.setattr(
         torch, "compile", lambda function, **options: compiler(function, backend=backend, **options)
     )

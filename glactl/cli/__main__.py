@@ -1,0 +1,5 @@
+"""python -m glactl.cli"""
+
+from glactl.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects: into run folders, and run folders into theirs."""

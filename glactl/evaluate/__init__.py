@@ -1,0 +1,1 @@
+"""Models measured by tasks: the run of them, and what is shown of it."""

@@ -1,0 +1,1 @@
+"""Operators, layers and models, timed beside what the device could do."""
