@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
+from glactl import checkpoints
 from glactl.run import Run
-from glactl.train import checkpoints
 
 SAVE_EVERY = 10
 SPEC = """

@@ -31,10 +31,10 @@ from typing import Any
 
 import torch
 
+from glactl import checkpoints
 from glactl.run import Run
 from glactl.spec import RunSpec, load
 from glactl.tasks import Batch
-from glactl.train import checkpoints
 from glactl.train.distributed import joined
 from glactl.train.loop import train
 

@@ -14,12 +14,12 @@ import yaml
 
 from glactl import console
 from glactl.models.spec import Spec
-from glactl.plan.predict import binary, short
 from glactl.spec_source import SpecError, nearest
 from glactl.tasks.frames import Frame
 from glactl.tasks.prepare import Progress, prepare
 from glactl.tasks.prepare_shard import Recipe
 from glactl.tasks.shards import Prepared
+from glactl.train.plan import binary, short
 
 
 class DataPreset(Spec):

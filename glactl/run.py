@@ -8,7 +8,7 @@
       metrics.jsonl               a line a step
       events.jsonl                start, resume, save, skip, stop, end
       init.json                   where its weights come from, of a run that begins with others'
-      checkpoints/step-000123/    see train/checkpoints.py
+      checkpoints/step-000123/    see checkpoints.py
 
 The folder appears whole, and no run is ever written into another's.
 """
@@ -180,7 +180,7 @@ class Run:
         self, model: "LM", optimizer: "torch.optim.Optimizer", at: Position, keep: int = 2
     ) -> Path:
         """Commit the state at `at`; all but the last `keep` checkpoints go."""
-        from glactl.train import checkpoints
+        from glactl import checkpoints
 
         began = time.monotonic()
         position = asdict(at) | {"epoch": at.epoch}
@@ -192,7 +192,7 @@ class Run:
 
     def save_weights(self, model: "LM", at: Position) -> Path:
         """Commit the weights at `at` alone: an optimizer begins anew behind them."""
-        from glactl.train import checkpoints
+        from glactl import checkpoints
 
         state = model.state_dict()
         shapes = {name: tuple(x.shape) for name, x in state.items()}
@@ -225,7 +225,7 @@ class Run:
 
     def newest_position(self) -> Position:
         """Where the newest checkpoint was taken. Raises NoRun."""
-        from glactl.train import checkpoints
+        from glactl import checkpoints
 
         position = checkpoints.read_position(self.newest_checkpoint())
         position.pop("epoch")
@@ -240,7 +240,7 @@ class Run:
             NoRun: there is none.
             ValueError: it is damaged, or another data order than that of `at`.
         """
-        from glactl.train import checkpoints
+        from glactl import checkpoints
 
         path = self.newest_checkpoint()
         position = checkpoints.load(path, model, optimizer)
@@ -264,7 +264,7 @@ class Run:
 
     def newest_checkpoint(self) -> Path:
         """The newest committed checkpoint. Raises NoRun."""
-        from glactl.train import checkpoints
+        from glactl import checkpoints
 
         found = checkpoints.committed(self.path / "checkpoints")
         if not found:
@@ -278,9 +278,9 @@ class Run:
 
         Raises NoRun where nothing is saved, ValueError where it is damaged.
         """
+        from glactl import checkpoints
         from glactl.models.lm import build_lm
         from glactl.tasks.tokenizer import load_tokenizer
-        from glactl.train import checkpoints
 
         path = self.newest_checkpoint()
         model = build_lm(self.spec.model, self.spec.seed, device=device)

@@ -18,7 +18,7 @@ from typing import Literal, cast
 import torch
 from torch import Tensor
 
-from glactl import console
+from glactl import checkpoints, console
 from glactl.convert.files import Weights, config, copy_tokenizer, find, write_safetensors
 from glactl.convert.fla import FLA
 from glactl.convert.mamba import MAMBA
@@ -32,7 +32,6 @@ from glactl.spec import RunSpec, resolved_yaml
 from glactl.tasks import Task
 from glactl.tasks.text import TextSpec
 from glactl.tasks.tokenizer import Tokenizer, load_tokenizer
-from glactl.train import checkpoints
 
 ROWS, TOKENS = 2, 96  # of the text that logits are compared on; more than a chunk of 64
 AGREES = 1e-3  # the largest difference of logits, as a share of the largest logit

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from glactl import checkpoints
 from glactl.convert.files import Weights, config, find
 from glactl.convert.maps import Origin, Understood, understand
 from glactl.models.lm import LM
 from glactl.models.lm_spec import LMSpec
 from glactl.run import Run
-from glactl.train import checkpoints
 
 ATTENTION = re.compile(r"(blocks\.\d+\.mixer)\.(q|k|v|out)\.weight")
 

@@ -10,7 +10,7 @@ from html import escape
 from typing import Any
 
 from glactl.console import cell
-from glactl.report.page import STYLE as LOOK
+from glactl.page import STYLE as LOOK
 from glactl.tasks.outcome import Metric, Outcome, Row
 
 SHOWN = 200  # documents of a task

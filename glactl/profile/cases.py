@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from glactl.measure import Rates
 from glactl.models.lm import LMSpec
-from glactl.profile.measure import Rates
 from glactl.profile.operators import Shape
 
 BOTH = "forward+backward"

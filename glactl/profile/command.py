@@ -7,9 +7,9 @@ import torch
 
 from glactl import console
 from glactl.device import pick_device
+from glactl.measure import Rates, rates
 from glactl.profile import baseline as profile_baseline
 from glactl.profile.cases import Failed, Measured, crossovers
-from glactl.profile.measure import Rates, rates
 from glactl.profile.plan import Plan
 from glactl.profile.process import run, warm
 from glactl.profile.report import write

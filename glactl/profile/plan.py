@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from glactl import __version__
+from glactl.measure import Rates
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import KINDS
 from glactl.models.mixers import MIXERS as SPECS
 from glactl.profile.cases import BOTH, PHASES, WORKS, Case
-from glactl.profile.measure import Rates
 from glactl.profile.operators import OPERATORS, Shape
 from glactl.profile.peers import measured
 from glactl.spec import read

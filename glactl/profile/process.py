@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from glactl import console
+from glactl.measure import enqueued, peak_bytes, saved_bytes, timing, wait
 from glactl.profile.calls import Call, make_call
 from glactl.profile.cases import Case, Failed, Measured, allowed_error
-from glactl.profile.measure import enqueued, peak_bytes, saved_bytes, timing, wait
 
 LIMIT = 600.0  # seconds for one row
 SIDE_BY_SIDE = 8  # processes that compile at a time

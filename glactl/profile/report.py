@@ -16,10 +16,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from glactl import page
 from glactl.console import finite
 from glactl.profile.cases import SLOWEST, Failed, Measured
 from glactl.profile.tables import COLUMNS, cells, foot, head, label, short
-from glactl.report import page
 from glactl.run import new_folder
 
 COLOURS = {"attention": "#444444", "gla": "#1f77b4", "decay": "#2ca02c", "gsa": "#d62728"}

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from glactl.kernels import gla, gla_reference, gsa, gsa_reference
 from glactl.kernels.tuned import used
-from glactl.profile.measure import timing
+from glactl.measure import timing
 
 T_VERIFIED = 300
 SEQUENCES = 2  # that are verified one by one

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from glactl.report import page
+from glactl import page
 from glactl.run import Run
 
 POINTS = 1000  # of a curve; more would show no more

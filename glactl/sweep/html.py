@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from html import escape
 
-from glactl.report import page
+from glactl import page
 from glactl.sweep.grid import Grid
 from glactl.sweep.rows import Row, edge_warnings
 

@@ -9,8 +9,8 @@ from glactl import __version__
 from glactl.device import precision_on
 from glactl.sweep.grid import Trial
 from glactl.sweep.results import Ended, Outcome, Result, Status
-from glactl.sweep.slices import of_slices
 from glactl.sweep.trial import Record
+from glactl.train.slices import of_slices
 
 
 def details(

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 
-from glactl.train import checkpoints
+from glactl import checkpoints
 
 
 class Saver:

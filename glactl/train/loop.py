@@ -27,7 +27,6 @@ from glactl.device import precision_on
 from glactl.models.cost import lm_cost
 from glactl.models.lm import build_lm
 from glactl.peaks import peak_flops
-from glactl.plan.fit import explained, fitted, state_bytes
 from glactl.run import Position, Run
 from glactl.spec import RunSpec, with_vocab
 from glactl.tasks import Task, load_task
@@ -38,6 +37,7 @@ from glactl.train.feed import Feed, Portion
 from glactl.train.layers import quicken
 from glactl.train.loss import Objective
 from glactl.train.optim import learning_rate
+from glactl.train.plan_fit import explained, fitted, state_bytes
 from glactl.train.record import Step
 from glactl.train.stages import Source
 from glactl.train.step import Result, Stepper, seeded

@@ -11,17 +11,17 @@ import torch
 from glactl import console
 from glactl.convert.original import find_original
 from glactl.device import precision_on
-from glactl.evaluate.positions import without_positions
 from glactl.init import agree, fill
-from glactl.plan.fit import state_bytes
-from glactl.plan.predict import plan_lines, plan_numbers
-from glactl.profile.measure import rates
+from glactl.measure import rates
 from glactl.run import Run
 from glactl.spec import RunSpec, SpecError, load, read, with_vocab
 from glactl.tasks import Task, load_task
 from glactl.tasks.tokenizer import Tokenizer, load_tokenizer
 from glactl.train.distributed import Group, choose, device_memory, joined
 from glactl.train.loop import Step, train
+from glactl.train.plan import plan_lines, plan_numbers
+from glactl.train.plan_fit import state_bytes
+from glactl.train.positions import without_positions
 
 COMMON = (2, 5, 6)  # exit codes of what befalls all processes of a run alike
 

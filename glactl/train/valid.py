@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from glactl.device import Precision, products
-from glactl.evaluate.positions import Positions
 from glactl.models.layers import to_device
 from glactl.models.lm import LM
-from glactl.sweep.slices import Slices
 from glactl.tasks import Batch, Task
 from glactl.train.distributed import ALONE, Group, settle
 from glactl.train.loss import Objective
+from glactl.train.positions import Positions
+from glactl.train.slices import Slices
 from glactl.train.stages import packed
 
 
@@ -43,9 +43,9 @@ def validate(
 
     Returns:
         loss in nats a target; ppl = exp(loss); accuracy, the share of targets that are the most
-        likely token, in a mixture as in sweep/slices.py, with its slices; bpb, bits per byte of the
+        likely token, in a mixture as in slices.py, with its slices; bpb, bits per byte of the
         text that the targets stand for, where the task counts bytes; the loss by position in text,
-        see evaluate/positions.py. None when told to stop meanwhile.
+        see positions.py. None when told to stop meanwhile.
     """
     run = Objective(model) if called is None else called
     run.eval()

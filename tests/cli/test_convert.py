@@ -13,12 +13,12 @@ from fla_layers import CONFIGS, GQA, INNER, VOCAB, D, L, fla_logits, fla_tensors
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from glactl import checkpoints
 from glactl.cli.main import app
 from glactl.convert.files import write_safetensors
 from glactl.models.lm import build_lm
 from glactl.run import Position, Run
 from glactl.spec import RunSpec
-from glactl.train import checkpoints
 
 STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "stories260k"
 LLAMA = {

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from glactl import checkpoints
 from glactl.run import Run
 from glactl.spec import RunSpec
-from glactl.train import checkpoints, distributed
+from glactl.train import distributed
 from glactl.train.distributed import choose, parts_of
 from glactl.train.loop import train
 
@@ -191,7 +192,7 @@ def test_how_processes_share_a_model():
 
 
 def test_a_plan_of_two_processes(data):
-    from glactl.plan.predict import plan_lines, plan_numbers
+    from glactl.train.plan import plan_lines, plan_numbers
 
     spec = RunSpec.model_validate(data)
     one, two = (plan_numbers(spec, 1e9, world=n) for n in (1, 2))

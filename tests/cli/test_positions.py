@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from glactl.evaluate.positions import Positions, without_positions
 from glactl.tasks import Batch
+from glactl.train.positions import Positions, without_positions
 
 
 def batch(targets, bounds=None, **more):

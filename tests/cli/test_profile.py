@@ -10,16 +10,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from glactl import measure
 from glactl.cli.main import app
+from glactl.measure import Rates, peak_bytes, quantile, saved_bytes, timing
 from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec
-from glactl.profile import measure, operators
+from glactl.profile import operators
 from glactl.profile import peers as operators_peers
 from glactl.profile import process as profile_process
 from glactl.profile.calls import make_call
 from glactl.profile.cases import Case, Failed, Measured, allowed_error, crossover
 from glactl.profile.command import NoMemory, WrongResults, _judge
-from glactl.profile.measure import Rates, peak_bytes, quantile, saved_bytes, timing
 from glactl.profile.operators import OPERATORS, Operator, Shape, error
 from glactl.profile.plan import parse_lengths
 

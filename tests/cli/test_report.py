@@ -7,8 +7,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from glactl import page
 from glactl.cli.main import app
-from glactl.report import page
 from glactl.run import Run
 from glactl.train.loop import train
 
@@ -22,7 +22,7 @@ OUTSIDE = re.compile(r"""(?:\bsrc=|\bhref=|url\(|@import)\s*["']?(?!["']?#)""")
 @pytest.fixture
 def glactl(tmp_path, monkeypatch):
     """Run the command line in an empty folder, on a machine whose rates need not be measured."""
-    from glactl.profile.measure import Rates
+    from glactl.measure import Rates
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("glactl.profile.command.rates", lambda *_: Rates(1e10, 1e11, "float32"))

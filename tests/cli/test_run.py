@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import CheckpointException
 
+from glactl import checkpoints
 from glactl.run import NoRun, Position, Run
 from glactl.spec import load, resolved_yaml
 from glactl.tasks import load_task
 from glactl.tasks.packing import batch_hash
-from glactl.train import checkpoints
 from glactl.train.loop import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -272,7 +272,7 @@ def test_kill_9_during_a_save(tmp_path):
     """The same with a process that really dies, between the files and the mark."""
     code = f"""
 import os, signal, torch
-from glactl.train import checkpoints
+from glactl import checkpoints
 model = torch.nn.Linear(3, 2)
 torch.nn.init.ones_(model.weight)
 save = lambda step: checkpoints.save(

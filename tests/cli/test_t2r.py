@@ -16,13 +16,13 @@ from glactl.convert.original import find_original
 from glactl.init import agree
 from glactl.models.lm import LM, build_lm
 from glactl.models.losses import token_losses
-from glactl.plan.predict import plan_numbers
 from glactl.run import Run
 from glactl.spec import RunSpec, load
 from glactl.tasks import Batch
 from glactl.train.loop import Stopped, train
 from glactl.train.match import distance, paired, teachers
 from glactl.train.optim import make_optimizer
+from glactl.train.plan import plan_numbers
 from glactl.train.stages import stage_at
 from glactl.train.transfer import calibrate, fingerprint, transfer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from glactl.measure import saved_bytes
 from glactl.models.lm import LMSpec, build_lm
-from glactl.profile.measure import saved_bytes
 from glactl.spec import RunSpec
 from glactl.train.layers import quicken
 from glactl.train.loop import train

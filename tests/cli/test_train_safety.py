@@ -7,13 +7,13 @@ import re
 import pytest
 import torch
 
+from glactl import checkpoints
 from glactl.models.lm import build_lm
-from glactl.plan.fit import OutOfMemory, fitted, fitting, memory_of
 from glactl.run import Run
 from glactl.spec import RunSpec
-from glactl.train import checkpoints
 from glactl.train.checkpoints_async import Saver
 from glactl.train.loop import train
+from glactl.train.plan_fit import OutOfMemory, fitted, fitting, memory_of
 
 CPU = torch.device("cpu")
 
@@ -203,7 +203,7 @@ def memory(monkeypatch):
     """Sets the bytes of a device."""
 
     def of(size):
-        monkeypatch.setattr("glactl.plan.fit.device_memory", lambda device: int(size))
+        monkeypatch.setattr("glactl.train.plan_fit.device_memory", lambda device: int(size))
 
     return of
 

@@ -134,7 +134,7 @@ def _trained(folder):
 @pytest.mark.parametrize("grid", [{"seeds": "0,1,2"}, {"mixers": "gla"}], ids=["cells", "one cell"])
 def test_two_sweeps_at_once_share_the_trials(grid, preset, tmp_path):
     path = tmp_path / "results.jsonl"
-    both = [_start(tmp_path, path, 0.02, {}, grid=grid) for _ in range(2)]
+    both = [_start(tmp_path, path, 0.15, {}, grid=grid) for _ in range(2)]
     for process in both:
         process.join(60)
         assert process.exitcode == 0

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from glactl.spec import RunSpec
-from glactl.sweep.slices import Slices, of_slices
 from glactl.tasks import Batch
 from glactl.train.loop import train
+from glactl.train.slices import Slices, of_slices
 
 MIXTURE = {
     "kind": "mqar",

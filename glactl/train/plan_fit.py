@@ -1,7 +1,7 @@
 """What of a run fits the memory of a device, before it starts and after it did not.
 
 Of W processes with fsdp each holds 1 / W of weights, gradients and moments, with ddp all of them.
-Activations are those of one micro-batch, as memory.py counts them: with recompute the inputs
+Activations are those of one micro-batch, as plan_memory.py counts them: with recompute the inputs
 of all layers and what is inside of one; with the loss in chunks, two chunks of logits, not all.
 """
 
@@ -12,10 +12,10 @@ import torch
 
 from glactl.console import exit_code
 from glactl.models.cost import lm_cost
-from glactl.plan.memory import activation_bytes
 from glactl.spec import RunSpec
 from glactl.train.distributed import choose, device_memory
 from glactl.train.loss import LARGEST
+from glactl.train.plan_memory import activation_bytes
 
 FP32 = 4  # bytes; weights, gradients and both moments of AdamW
 ROOM = 0.9  # of a device's memory; the rest goes to buffers, libraries and gaps

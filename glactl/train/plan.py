@@ -8,10 +8,10 @@ import torch
 from glactl.models.cost import lm_cost
 from glactl.models.lm_spec import LMSpec
 from glactl.models.mixers import MixerSpec
-from glactl.plan.fit import FP32, fitted, memory_of, state_bytes
 from glactl.spec import RunSpec, with_vocab
 from glactl.tasks.tokenizer import load_tokenizer
 from glactl.train.distributed import choose, device_memory, parts_of
+from glactl.train.plan_fit import FP32, fitted, memory_of, state_bytes
 
 CPU = torch.device("cpu")
 

@@ -16,11 +16,11 @@ import math
 
 import torch
 
+from glactl.measure import saved_bytes
 from glactl.models.lm import LM, build_lm
 from glactl.models.lm_spec import LMSpec
 from glactl.models.losses import token_losses
 from glactl.models.mixers import MixerSpec
-from glactl.profile.measure import saved_bytes
 
 WIDE = 512  # the least width that a model is narrowed to
 SHORT = 256  # tokens of the row, a multiple of the chunks that mixers take
