@@ -226,6 +226,11 @@ def cell(value: object) -> str:
     return str(value)
 
 
+def counted(n: int, what: str) -> str:
+    """So many of a thing: "1 trial", "2 trials"."""
+    return f"{n} {what}" if n == 1 else f"{n} {what}s"
+
+
 def clock(seconds: float) -> str:
     """Seconds as m:ss or h:mm:ss."""
     minutes, rest = divmod(round(seconds), 60)

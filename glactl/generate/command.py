@@ -264,7 +264,8 @@ def _tell(parts: Sequence[Generated], rows: int) -> None:
         f"prefill {read} tokens in {1e3 * took:.1f} ms, "
         f"{read / took if took > 0 else 0:,.0f} tokens/s; "
         f"{tokens} tokens at {tokens / seconds if seconds > 0 else 0:,.0f} tokens/s; "
-        f"state {max(p.state_bytes for p in parts) / 2**20:.2f} MiB in {rows} row(s)"
+        f"state {max(p.state_bytes for p in parts) / 2**20:.2f} MiB in "
+        f"{console.counted(rows, 'row')}"
     )
 
 

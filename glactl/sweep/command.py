@@ -79,9 +79,10 @@ def mqar_command(
     known = results.load()
     left = sum(len(pending(c, known, retry_failed, rule is not None)) for c in grid.cells)
     count = default_jobs(where) if jobs is None else jobs
+    axes = {"dim": grid.dims, "mixer": grid.mixers, "seed": grid.seeds, "rate": grid.lrs}
+    product = " x ".join(console.counted(len(found), what) for what, found in axes.items())
     console.note(
-        f"preset {grid.preset}: {len(grid.trials)} trials = {len(grid.dims)} dims x "
-        f"{len(grid.mixers)} mixers x {len(grid.seeds)} seeds x {len(grid.lrs)} rates; "
+        f"preset {grid.preset}: {console.counted(len(grid.trials), 'trial')} = {product}; "
         f"at most {left} to run on {where}{f', {count} at once' if count > 1 else ''}; results in "
         f"{folder}; Ctrl-C stops, the same command goes on"
     )

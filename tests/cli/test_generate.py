@@ -298,7 +298,7 @@ def test_texts_go_to_a_file_that_a_second_command_goes_on_with(
     file.write_text("".join(lines[:3]) + lines[3][:20])  # killed within a line
     done = glactl(*args, "--out", "made/texts.jsonl")
     assert "made/texts.jsonl has 3 of 5 texts" in done.stderr
-    assert "in 2 row(s)" in done.stderr
+    assert "in 2 rows" in done.stderr
     assert file.read_text() == whole
     done = glactl(*args, "--out", "made/texts.jsonl")
     assert (done.exit_code, file.read_text()) == (0, whole)
