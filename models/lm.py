@@ -74,16 +74,20 @@ class Block(nn.Module):
         cu_seqlens: Tensor | None,
         longest: int,
         shared: Tensor | None,
+        asked: Tensor | None = None,
     ) -> tuple[Tensor, State | None]:
         """(B, T, d) -> (B, T, d), and the state after where one went in.
 
-        shared: this layer's row of what its kind of mixer shares; None: nothing.
+        shared: this layer's row of what its kind of mixer shares; None: nothing. asked: (n,) of the
+        B T places, those alone of which (n, d) is wanted; None: all.
         """
         x, after = self.norm(h), None
         if self.conv is not None:
             x, after = self.conv(x, state, cu_seqlens)
         more = () if shared is None else (shared,)
         y, mixed = self.mixer(x, state, cu_seqlens, longest, *more)
+        if asked is not None:
+            h, y = (x.flatten(0, 1).index_select(0, asked) for x in (h, y))
         h = self._channels(h + self.dropout(y))
         return h, None if mixed is None else mixed | (after or {})
 
@@ -177,7 +181,8 @@ class LM(nn.Module):
                 On the CPU its values are checked, and it is copied to the device; on a GPU only
                 type and shape are, and T stands for the length of the longest sequence.
             asked: (n,) int64 on the device of tokens, the places of which hidden is wanted, in the
-                B T places laid end to end; None: all. The last norm is of those alone.
+                B T places laid end to end; None: all. The last norm is of those alone, and the
+                last channel mixer in evaluation mode.
 
         Returns:
             hidden (B, T, d_model), or (n, d_model) of what is asked, and the state after, None
@@ -210,10 +215,15 @@ class LM(nn.Module):
         with nullcontext() if cu_seqlens is None else steady():
             for i, block in enumerate(self._blocks()):
                 before = None if state is None else state.layers[i]
-                h, after = block(h, before, cu_seqlens, longest, shared[i])  # (2)
+                # while it is trained, all layers are of one shape and compiled once
+                last = i + 1 == len(shared) and not self.training and asked is not None
+                wanted = (asked,) if last else ()
+                h, after = block(h, before, cu_seqlens, longest, shared[i], *wanted)  # (2)
                 if after is not None:
                     layers.append(after)
-        h = self.norm(h if asked is None else h.flatten(0, 1).index_select(0, asked))
+        if asked is not None and h.ndim == 3:
+            h = h.flatten(0, 1).index_select(0, asked)
+        h = self.norm(h)
         if state is None:
             return h, None
         return h, LMState(layers, state.position + at.length, longest)

@@ -288,14 +288,23 @@ def test_fresh_weights_are_wider_in_narrow_models():
     assert LMSpec(d_model=400, init_std=0.02).std == 0.02
 
 
-def test_hidden_states_that_are_asked_for_are_those_of_all_of_them():
-    size = {"d_model": 16, "n_layers": 2, "vocab_size": 11}
-    lm = build_lm(LMSpec.model_validate(size | {"mixer": "gla"}), 0)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("ffn", ["swiglu", "none"])
+def test_hidden_states_that_are_asked_for_are_those_of_all_of_them(ffn, training):
+    """In evaluation mode the last channel mixer is left out at the other places."""
+    size = {"d_model": 16, "n_layers": 2, "vocab_size": 11, "ffn": ffn}
+    lm = build_lm(LMSpec.model_validate(size | {"mixer": "gla"}), 0).train(training)
     tokens = torch.randint(lm.spec.vocab, (3, 7))
     whole, none = lm(tokens)
     asked = torch.tensor([2, 7, 20])
+    widths = []
+    for block in lm.blocks if ffn == "swiglu" else []:
+        block.ffn.register_forward_hook(lambda _, x, y: widths.append(y.shape[:-1].numel()))
     some, after = lm(tokens, lm.initial_state(3), asked=asked)
+    assert widths == ([] if ffn == "none" else [21, 21 if training else 3])
     torch.testing.assert_close(some, whole.flatten(0, 1)[asked])
     assert none is None
     assert after is not None
     assert after.position.tolist() == [7, 7, 7]
+    empty, _ = lm(tokens, asked=asked[:0])
+    assert empty.shape == (0, 16)
