@@ -176,7 +176,7 @@ def test_workers_end_when_their_sweep_is_killed(preset, tmp_path):
     data = TINY | {"run": TINY["run"] | {"train": TINY["run"]["train"] | ENDLESS}}
     (tmp_path / "sweep.py").write_text(code)
     command = [sys.executable, "sweep.py", json.dumps(data)]
-    root = str(Path(sweep_jobs.__file__).parents[1])
+    root = str(Path(sweep_jobs.__file__).parents[2])
     env = os.environ | {"PYTHONPATH": root}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as sweep:
         claims = tmp_path / "sweeps" / "quick" / ".claims"
