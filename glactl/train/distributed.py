@@ -15,9 +15,8 @@ every process; `fsdp` (fully_shard) keeps 1 / W of each weight, of its gradient 
 gathers the weights of some layers at a time, in fp32: as many as have UNIT parameters, for each
 gathering costs the host some milliseconds, as long as a GPU takes for a small layer. Weights that
 take KEPT of a device at most stay there from the forward pass to the backward one; larger ones are
-gathered a second time. `auto` takes
-ddp where weights, gradients and moments fill at most SHARE of a device, which leaves the rest to
-activations.
+gathered a second time. `auto` takes ddp where weights, gradients and moments fill at most SHARE of
+a device, which leaves the rest to activations.
 """
 
 import os
@@ -174,11 +173,16 @@ def spread(
         return DistributedDataParallel(whole, gradient_as_bucket_view=True)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     size = sum(p.nbytes for p in whole.parameters())
-    again = size > KEPT * device_memory(device)
+    again = not stays(size, device_memory(device))
     for unit in _units(layers):
         fully_shard(unit, mesh=mesh, reshard_after_forward=again)
     fully_shard(whole, mesh=mesh)
     return whole
+
+
+def stays(size: int, memory: int) -> bool:
+    """Whether weights of so many bytes, gathered by fsdp, stay until the backward pass."""
+    return size <= KEPT * memory
 
 
 def _units(layers: list[nn.Module]) -> Iterator[list[nn.Module]]:

@@ -1,6 +1,7 @@
 """What of a run fits the memory of a device, before it starts and after it did not.
 
-Of W processes with fsdp each holds 1 / W of weights, gradients and moments, with ddp all of them.
+Of W processes with fsdp each holds 1 / W of weights, gradients and moments, and the weights that it
+has gathered; with ddp all of them.
 Activations are those of one micro-batch, as plan_memory.py counts them: with recompute the inputs
 of all layers and what is inside of one; with the loss in chunks, two chunks of logits, not all.
 """
@@ -13,7 +14,7 @@ import torch
 from glactl.console import exit_code
 from glactl.models.cost import lm_cost
 from glactl.spec import RunSpec
-from glactl.train.distributed import choose, device_memory
+from glactl.train.distributed import UNIT, choose, device_memory, stays
 from glactl.train.loss import LARGEST
 from glactl.train.plan_memory import activation_bytes
 
@@ -34,15 +35,18 @@ def state_bytes(spec: RunSpec) -> int:
 
 def memory_of(spec: RunSpec, rows: int, device: torch.device, world: int = 1) -> dict[str, int]:
     """Bytes of a device, by what they are for, with micro-batches of so many rows."""
-    mode = choose(spec.train.parallel, world, state_bytes(spec), device_memory(device))[0]
-    share = world if mode == "fsdp" else 1
-    weights = state_bytes(spec) // 4 // share
-    return {
+    memory, whole = device_memory(device), state_bytes(spec) // 4
+    mode = choose(spec.train.parallel, world, 4 * whole, memory)[0]
+    weights = whole // world if mode == "fsdp" else whole
+    found = {
         "weights": weights,
         "gradients": weights,
         "optimizer": 2 * weights,
         "activations": micro_bytes(spec, rows),
     }
+    if mode == "fsdp":  # whole weights of all layers, or of those at work and the next ones
+        found["gathered"] = whole if stays(whole, memory) else min(whole, 2 * FP32 * UNIT)
+    return found
 
 
 def micro_bytes(spec: RunSpec, rows: int) -> int:

@@ -254,3 +254,5 @@ def test_memory_of_a_plan_with_recompute_and_of_a_share(tiny_data):
     less = memory_of(RunSpec.model_validate(tiny_data), 4, CPU, world=2)
     assert less["activations"] < whole["activations"] / 2
     assert less["optimizer"] == pytest.approx(whole["optimizer"] / 2, abs=8)
+    assert less["gathered"] == whole["weights"]  # a small part of the memory, so they stay
+    assert "gathered" not in whole
