@@ -5,7 +5,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import resources
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -14,7 +13,7 @@ import yaml
 
 from glactl import console
 from glactl.models.spec import Spec
-from glactl.spec_source import SpecError, nearest
+from glactl.spec_source import SpecError, preset_names, preset_text
 from glactl.tasks.frames import Frame
 from glactl.tasks.prepare import Progress, prepare
 from glactl.tasks.prepare_shard import Recipe
@@ -92,22 +91,17 @@ def check_command(folder: Path, *, json: bool) -> None:
 
 def presets() -> list[str]:
     """The names of the presets."""
-    files = resources.files("glactl").joinpath("presets_data").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return preset_names("presets_data")
 
 
 def _recipe(source: str | None, preset: str | None, given: dict[str, Any]) -> Recipe:
-    known = presets()
     if preset is None:
         if source is None:
-            raise SpecError(f"name a SOURCE, or a --preset: {', '.join(known)}")
+            raise SpecError(f"name a SOURCE, or a --preset: {', '.join(presets())}")
         return Recipe(source, **given)
     if source is not None:
         raise SpecError(f"both a source ({source}) and --preset {preset}; give one of them")
-    if preset not in known:
-        hint = nearest(preset, known)
-        raise SpecError(f"--preset is {preset!r}; allowed: {', '.join(known)}{hint}")
-    text = resources.files("glactl").joinpath("presets_data", f"{preset}.yaml").read_text()
+    text = preset_text("presets_data", preset)
     return Recipe(**(DataPreset.model_validate(yaml.safe_load(text)).model_dump() | given))
 
 

@@ -7,7 +7,6 @@ is read from YAML (or a preset), changed by --set, and checked whole before anyt
 import hashlib
 import json
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -18,7 +17,15 @@ from glactl.device import Precision
 from glactl.models.lm import LMSpec
 from glactl.models.spec import Spec
 from glactl.spec_errors import explain
-from glactl.spec_source import Source, SpecError, apply_set, nearest, parse, read_file
+from glactl.spec_source import (
+    Source,
+    SpecError,
+    apply_set,
+    parse,
+    preset_names,
+    preset_text,
+    read_file,
+)
 from glactl.tasks import TaskSpec
 from glactl.tasks.text import TextSpec
 
@@ -251,16 +258,11 @@ def check(source: Source) -> RunSpec:
 
 def presets() -> list[str]:
     """The names of the presets."""
-    files = resources.files("glactl").joinpath("presets").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return preset_names("presets")
 
 
 def _preset(name: str) -> tuple[str, Source]:
-    known = presets()
-    if name not in known:
-        hint = nearest(name, known)
-        raise SpecError(f"--preset is {name!r}; allowed: {', '.join(known)}{hint}")
-    text = resources.files("glactl").joinpath("presets", f"{name}.yaml").read_text()
+    text = preset_text("presets", name)
     return text, parse(text, f"preset {name}")
 
 

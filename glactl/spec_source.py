@@ -7,6 +7,7 @@ an error can say `spec.yaml:14` or `--set model.d_model=x`.
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,18 @@ def _put(at: Any, step: str | int, value: object, name: str) -> None:
     if isinstance(at, list) and not (isinstance(step, int) and step < len(at)):
         raise SpecError(f"{name}: {step!r} is not in this list; allowed: 0 to {len(at) - 1}")
     at[step] = value
+
+
+def preset_names(folder: str) -> list[str]:
+    """The names of the presets in a folder of this package."""
+    files = resources.files("glactl").joinpath(folder).iterdir()
+    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+
+
+def preset_text(folder: str, name: str) -> str:
+    """The YAML of one of them. Raises SpecError where there is none of this name."""
+    known = preset_names(folder)
+    if name not in known:
+        hint = nearest(name, known)
+        raise SpecError(f"--preset is {name!r}; allowed: {', '.join(known)}{hint}")
+    return resources.files("glactl").joinpath(folder, f"{name}.yaml").read_text()

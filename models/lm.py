@@ -212,16 +212,16 @@ class LM(nn.Module):
         h = self.dropout(h)  # (1)
         layers: list[State] = []
         shared = self._shared()
+        # while it is trained, all layers are of one shape and compiled once
+        early = asked is not None and not self.training
         with nullcontext() if cu_seqlens is None else steady():
             for i, block in enumerate(self._blocks()):
                 before = None if state is None else state.layers[i]
-                # while it is trained, all layers are of one shape and compiled once
-                last = i + 1 == len(shared) and not self.training and asked is not None
-                wanted = (asked,) if last else ()
+                wanted = (asked,) if early and i + 1 == len(shared) else ()
                 h, after = block(h, before, cu_seqlens, longest, shared[i], *wanted)  # (2)
                 if after is not None:
                     layers.append(after)
-        if asked is not None and h.ndim == 3:
+        if asked is not None and not early:
             h = h.flatten(0, 1).index_select(0, asked)
         h = self.norm(h)
         if state is None:

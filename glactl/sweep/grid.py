@@ -10,7 +10,6 @@ mixers stays as it is.
 
 import hashlib
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import KINDS
 from glactl.spec import RunSpec, check, spec_hash, with_vocab
-from glactl.spec_source import Place, Source, SpecError, nearest
+from glactl.spec_source import Place, Source, nearest, preset_names, preset_text
 from glactl.sweep.file import GridFile, learning_rates, names, read_grid, whole_numbers
 from glactl.tasks.mqar import MQARSpec
 
@@ -203,18 +202,12 @@ def slice_names(data: MQARSpec) -> list[str]:
 
 def presets() -> list[str]:
     """The names of the presets."""
-    files = resources.files("glactl").joinpath("presets_mqar").iterdir()
-    return sorted(f.name.removesuffix(".yaml") for f in files if f.name.endswith(".yaml"))
+    return preset_names("presets_mqar")
 
 
 def read_preset(name: str) -> dict[str, Any]:
     """The data of a preset. Raises SpecError where there is none of this name."""
-    known = presets()
-    if name not in known:
-        hint = nearest(name, known)
-        raise SpecError(f"--preset is {name!r}; allowed: {', '.join(known)}{hint}")
-    text = resources.files("glactl").joinpath("presets_mqar", f"{name}.yaml").read_text()
-    data: dict[str, Any] = yaml.safe_load(text)
+    data: dict[str, Any] = yaml.safe_load(preset_text("presets_mqar", name))
     return data
 
 
