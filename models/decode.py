@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from glactl.models.layers import to_device
+from glactl.models.layers import end_to_end, to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler
 from glactl.models.steps import BLOCK, Again, Stepper, join, take
@@ -59,8 +59,7 @@ def prefill(
     if piece < 1:
         raise ValueError(f"piece is {piece}; allowed: 1 or more")
     device = lm.device
-    tokens = torch.tensor([t for p in prompts for t in p], dtype=torch.int64)
-    ends = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
+    tokens, ends = end_to_end(prompts)
     state = lm.initial_state(len(prompts), device=device) if past is None else past[1]
     before = state.longest
     hidden = None if past is None else past[0].clone()

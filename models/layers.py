@@ -21,9 +21,11 @@ Sources: (1) Zhang and Sennrich 2019, arXiv:1910.07467; (3) Su et al. 2021, arXi
 the two-halves order of LLaMA; (5) Shazeer 2020, arXiv:2002.05202.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -112,6 +114,13 @@ def layout(B: int, T: int, cu_seqlens: Tensor | None, device: torch.device) -> L
         bounds = cu_seqlens.to(device, torch.int64)
         sequence = torch.searchsorted(bounds[1:], token, right=True)
     return Layout(sequence, token - bounds[sequence], bounds[:-1], bounds.diff())
+
+
+def end_to_end(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of token ids laid end to end, (T,), and their bounds, (N + 1,); int64, on the CPU."""
+    # torch.tensor takes 200 ns for every integer of a list, this 20
+    tokens = np.fromiter(chain.from_iterable(rows), np.int64)
+    return torch.from_numpy(tokens), torch.tensor([0, *map(len, rows)]).cumsum(0)
 
 
 def check_layout(tokens: Tensor, states: int | None, cu_seqlens: Tensor | None) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from glactl.models.decode import decode, prefill
-from glactl.models.layers import to_device
+from glactl.models.layers import end_to_end, to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler
@@ -150,9 +150,8 @@ class LMEngine(Engine):
 
     def _packed(self, rows: Sequence[list[int]]) -> tuple[Tensor, Tensor]:
         """Rows end to end, (1, T) on the device, and their bounds on the CPU."""
-        tokens = torch.tensor([[t for row in rows for t in row]], dtype=torch.int64)
-        ends = torch.tensor([0, *(len(row) for row in rows)]).cumsum(0)
-        return to_device(tokens, self.lm.device), ends
+        tokens, ends = end_to_end(rows)
+        return to_device(tokens[None], self.lm.device), ends
 
     def _losses(self, hidden: Tensor, targets: list[int]) -> tuple[list[float], list[bool]]:
         """-log p of the targets of 0 or more, (M, D) hidden, and which are the most likely token.
@@ -193,9 +192,10 @@ class LMEngine(Engine):
     def _continue(self, asks: Sequence[Ask], again: Again) -> list[str]:
         """The new texts of one batch."""
         made: list[list[int]] = [[] for _ in asks]
+        over = {self.tokenizer.bos_id, self.tokenizer.eos_id}  # BOS begins another text
 
         def stop(row: int, token: int) -> bool:
-            if token in (self.tokenizer.bos_id, self.tokenizer.eos_id):  # BOS begins another text
+            if token in over:
                 return True
             made[row].append(token)
             # text is looked at where rows may leave: after the first token, then once a block
