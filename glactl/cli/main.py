@@ -1,6 +1,6 @@
 """The command line.
 
-Its commands, in cli_*.py, are thin: read the arguments, call one function, print.
+Its commands, in the files beside this one, are thin: read the arguments, call one function, print.
 
 Everything heavy is imported inside a command: torch takes over 0.7 s to import, and
 `glactl --help` answers in a fifth of that.
