@@ -45,7 +45,6 @@ from glactl.kernels.triton_rows import launch_options
 from glactl.kernels.triton_step import rows_apart
 
 PROGRAMS = 264  # two a multiprocessor of an H100
-HEADS, WARPS = 8, 4
 SHARES = 64  # of a sequence and head at most, which `_merge` reads at once
 LOW = tl.constexpr(-1e38)  # below any score; 2^(LOW - LOW) is no NaN
 
@@ -64,15 +63,12 @@ def _turned(x, j, inside, place, step, D: tl.constexpr):
 
 
 @triton.jit
-def _rows(
-    keys, values, start, end, row, head, HD, j, TB: tl.constexpr, HB: tl.constexpr, D: tl.constexpr
-):
-    """TB rows of keys and values from `start`, of HB heads each, (TB HB, ..) as they are, and which
-    of them count: those below `end` without `row`."""
-    t = tl.arange(0, TB * HB)
-    i = start + t // HB
+def _rows(keys, values, start, end, row, head, HD, j, TB: tl.constexpr, D: tl.constexpr):
+    """TB rows of a head's keys and values from `start`, as they are, and which of them count: those
+    below `end` without `row`."""
+    i = start + tl.arange(0, TB)
     live = (i < end) & (i != row)
-    at = head + (i.to(tl.int64) * HD + t % HB * D)[:, None] + j[None, :]
+    at = head + i.to(tl.int64)[:, None] * HD + j[None, :]
     inside = live[:, None] & (j < D)[None, :]
     K = tl.load(keys + at, mask=inside, other=0.0)
     return K, tl.load(values + at, mask=inside, other=0.0), live
@@ -82,16 +78,16 @@ def _rows(
 def _step(
     q, k, v, keys, values, length, o, part, scale, step, H, L, apart, q_row, k_row, v_row,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TB: tl.constexpr,
-    HB: tl.constexpr, S: tl.constexpr, EARLY: tl.constexpr,
+    S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """(1), (2) and (5) of one sequence, HB heads of keys and one of S shares of its rows; DP and RP
-    are D and R padded, and a sequence of the state is `apart` D from the next. Where S is 1 the
-    result is o, else part (.., S, R, D + 2) gets a, m and l. HB is 1 where R is not."""
+    """(1), (2) and (5) of one sequence, head of keys and one of S shares of its rows; DP and RP are
+    D and R padded, and a sequence of the state is `apart` D from the next. Where S is 1 the result
+    is o, else part (.., R, D + 2) gets a, m and l."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
     pid = tl.program_id(0).to(tl.int64)
-    at, share = pid // S * HB, (pid % S).to(tl.int32)  # of all heads the first one here
+    at, share = pid // S, (pid % S).to(tl.int32)
     n, h = at // H, at % H
     place = tl.load(length + n)
     row, held = (place % L).to(tl.int32), tl.minimum(place, L).to(tl.int32)
@@ -102,48 +98,43 @@ def _step(
     in_d = j < D
     dtype: tl.constexpr = keys.dtype.element_ty
     head = (n * apart + h) * D
-    b = (tl.arange(0, HB) * D)[:, None]
-    here = b + j[None, :]
-    in_h = tl.broadcast_to(in_d[None, :], (HB, DP))
-    K = _turned(k + n * k_row + h * D + b, j[None, :], in_h, place, step, D).to(dtype)
-    V = tl.load(v + n * v_row + h * D + here, mask=in_h, other=0.0).to(dtype)
+    K = _turned(k + n * k_row + h * D, j, in_d, place, step, D).to(dtype)
+    V = tl.load(v + n * v_row + h * D + j, mask=in_d, other=0.0).to(dtype)
     if share == 0:
-        new = head + row.to(tl.int64) * (H * D) + here
-        tl.store(keys + new, K, mask=in_h)
-        tl.store(values + new, V, mask=in_h)  # (2)
+        new = head + row.to(tl.int64) * (H * D) + j
+        tl.store(keys + new, K, mask=in_d)
+        tl.store(values + new, V, mask=in_d)  # (2)
     K, V = K.to(tl.float32), V.to(tl.float32)
     q += n * q_row + h * R * D
     r = tl.arange(0, RP)
     if R == 1:
-        Q = _turned(q + b, j[None, :], in_h, place, step, D) * scale
-        mine = (tl.arange(0, TB * HB) < HB) & (share == 0)  # the new token in the place of a row
-        Q, V = _repeated(Q, TB, HB, DP), _repeated(V, TB, HB, DP)
-        m = tl.where(mine, tl.sum(Q * _repeated(K, TB, HB, DP), 1), LOW)
+        Q = _turned(q, j, in_d, place, step, D) * scale
+        mine = (tl.arange(0, TB) == 0) & (share == 0)
+        m = tl.where(mine, tl.sum(Q * K, 0), LOW)
         l = tl.where(mine, 1.0, 0.0)  # noqa: E741
-        a = tl.where(mine[:, None], V, 0.0)
+        a = tl.where(mine[:, None], V[None, :], 0.0)
         for start in range(first, end, TB):
-            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, HB, D)
-            z = tl.sum(KT.to(tl.float32) * Q, 1)
+            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, D)
+            z = tl.sum(KT.to(tl.float32) * Q[None, :], 1)
             z = tl.where(live, z, -float("inf"))
             top = tl.maximum(m, z)
             p, less = tl.exp2(z - top), tl.exp2(m - top)
             l = l * less + p  # noqa: E741
             a = a * less[:, None] + VT.to(tl.float32) * p[:, None]
             m = top
-        m, l = tl.reshape(m, (TB, HB)), tl.reshape(l, (TB, HB))  # noqa: E741
         top = tl.max(m, 0)
-        less = tl.exp2(m - top[None, :])
-        l = tl.sum(l * less, 0)  # noqa: E741
-        a = tl.sum(tl.reshape(a, (TB, HB, DP)) * less[:, :, None], 0)  # (5)
-        m = top
+        less = tl.exp2(m - top)
+        l = tl.sum(l * less, 0) + tl.zeros((RP,), tl.float32)  # noqa: E741
+        a = tl.sum(a * less[:, None], 0)[None, :]  # (5)
+        m = top + tl.zeros((RP,), tl.float32)
     else:
         in_q = (r < R)[:, None] & in_d[None, :]
         Q = _turned(q + r[:, None] * D, j[None, :], in_q, place, step, D).to(dtype)
-        m = tl.where(share == 0, tl.sum(Q.to(tl.float32) * K, 1) * scale, LOW)
+        m = tl.where(share == 0, tl.sum(Q.to(tl.float32) * K[None, :], 1) * scale, LOW)
         l = tl.where(share == 0, 1.0, 0.0) + tl.zeros((RP,), tl.float32)  # noqa: E741
-        a = tl.where(share == 0, V, 0.0) + tl.zeros((RP, DP), tl.float32)
+        a = tl.where(share == 0, V, 0.0)[None, :] + tl.zeros((RP, DP), tl.float32)
         for start in range(first, end, TB):
-            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, HB, D)
+            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, D)
             z = tl.dot(Q, tl.trans(KT), input_precision="ieee") * scale
             z = tl.where(live[None, :], z, -float("inf"))
             top = tl.maximum(m, tl.max(z, 1))
@@ -151,22 +142,15 @@ def _step(
             l = l * less + tl.sum(p, 1)  # noqa: E741
             a = tl.dot(p.to(dtype), VT, a * less[:, None], input_precision="ieee")  # (5)
             m = top
-    some = r < R * HB
-    in_o = some[:, None] & in_d[None, :]
+    heads, in_o = at * R + r, (r < R)[:, None] & in_d[None, :]
     if S == 1:
         y = (a / l[:, None]).to(o.dtype.element_ty)
-        tl.store(o + (at * R + r)[:, None] * D + j[None, :], y, mask=in_o)
+        tl.store(o + heads[:, None] * D + j[None, :], y, mask=in_o)
     else:
-        to = part + (((at + r // R) * S + share) * R + r % R) * (D + 2)
+        to = part + (pid * R + r) * (D + 2)
         tl.store(to[:, None] + j[None, :], a, mask=in_o)
-        tl.store(to + D, m, mask=some)
-        tl.store(to + D + 1, l, mask=some)
-
-
-@triton.jit
-def _repeated(x, TB: tl.constexpr, HB: tl.constexpr, DP: tl.constexpr):
-    """x (HB, DP) for each of TB rows, (TB HB, DP)."""
-    return tl.reshape(tl.broadcast_to(x[None, :, :], (TB, HB, DP)), (TB * HB, DP))
+        tl.store(to + D, m, mask=r < R)
+        tl.store(to + D + 1, l, mask=r < R)
 
 
 @triton.jit
@@ -198,11 +182,6 @@ def _tile(R: int, wide: int) -> int:
     """
     numbers = 4096 if R > 1 else 2048 if wide <= 64 else 8192
     return max(16, numbers // wide)
-
-
-def _together(R: int, H: int) -> int:
-    """HB: heads of keys that a program takes, whose rows lie side by side in the state."""
-    return 1 if R > 1 else math.gcd(H, HEADS)
 
 
 def _shares(heads: int, L: int, rows: int) -> int:
@@ -237,9 +216,8 @@ def attention_step_triton(
     R = HQ // H
     wide, padded = max(16, triton.next_power_of_2(D)), triton.next_power_of_2(R)
     padded = 1 if R == 1 else max(16, padded)
-    heads = _together(R, H)
-    rows = max(1, _tile(R, wide) // heads)
-    shares = _shares(N * H // heads, L, rows)
+    rows = _tile(R, wide)
+    shares = _shares(N * H, L, rows)
     q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
     o = torch.empty(N, HQ, D, dtype=v.dtype, device=v.device)
     part = None
@@ -247,11 +225,11 @@ def attention_step_triton(
         part = torch.empty(N, H, shares, R, D + 2, dtype=torch.float32, device=v.device)
     begin = launch_options(q.device)
     sizes = {"D": D, "DP": wide, "R": R, "S": shares}
-    _step[(N * H // heads * shares,)](
+    _step[(N * H * shares,)](
         q, k, v, *state, length, o, part, D**-0.5 / math.log(2),
         None if theta is None else 2 * math.log2(theta) / D,
         H, L, apart, q.stride(0), k.stride(0), v.stride(0),
-        RP=padded if R > 1 else heads, TB=rows, HB=heads, num_warps=WARPS, **sizes, **begin,
+        RP=padded, TB=rows, num_warps=4, **sizes, **begin,
     )  # fmt: skip
     if part is None:
         length += 1  # (4)
