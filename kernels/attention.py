@@ -1,4 +1,5 @@
-r"""Softmax attention of one token, for decoding: a step of each of N sequences.
+r"""Softmax attention of one token, for decoding: a step of each of N sequences; and how a state is
+written.
 
 A sequence that has read p tokens holds keys K_s and values V_s in rows s of a state of L rows, and
 its new token has q, k and v. theta is the base of the rotation, D the width of a head:
@@ -8,8 +9,13 @@ its new token has q, k and v. theta is the base of the rotation, D the width of 
     o = sum_s softmax_s(rotate(q, p) K_s^T / sqrt(D)) V_s  over s < min(p + 1, L)            (3)
     p = p + 1                                                                                (4)
 
-a and b are the two halves of a head. A state with room for all tokens has token s in row s; one of
-L rows that are written over is a window of L tokens. Rows from min(p + 1, L) on are never read.
+Tokens i of many places at once, k_i after (1), of sequence n_i and in row r_i, if r_i < L:
+
+    K_{n_i, r_i} = k_i,  V_{n_i, r_i} = v_i                                                  (7)
+
+(5) and (6) are in triton_attention.py. a and b are the two halves of a head. A state with room for
+all tokens has token s in row s; one of L rows that are written over is a window of L tokens. Rows
+from min(p + 1, L) on are never read.
 
 Sources: (1) Su et al. 2021, arXiv:2104.09864, in the two-halves order of LLaMA; fewer heads of keys
 than of queries: Ainslie et al. 2023, arXiv:2305.13245.
@@ -25,6 +31,60 @@ WIDEST = 256  # D of the Triton kernels
 State = tuple[Tensor, Tensor]  # keys and values
 
 
+def attention_room(
+    N: int, L: int, H: int, D: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Zeros (N, L, H, D) for one of a state's two parts, in memory a head's rows one after another,
+    as they are read fastest."""
+    return torch.zeros(N, H, L, D, dtype=dtype, device=device).transpose(1, 2)
+
+
+def attention_more_room(x: Tensor, L: int) -> Tensor:
+    """A copy of x (N, .., H, D), one of a state's two parts, with L rows, as many or more; new ones
+    are 0, and it lies in memory as of `attention_room`. Differentiable in x."""
+    return F.pad(x.transpose(1, 2), (0, 0, 0, L - x.shape[1])).transpose(1, 2)
+
+
+def attention_write(
+    k: Tensor, v: Tensor, state: State, sequence: Tensor, row: Tensor, drops: bool = False
+) -> None:
+    """(7), in place.
+
+    Args:
+        k, v: keys after (1) and values of M tokens, (M, H, D); differentiable in both.
+        state: as of `attention_step`; k and v are rounded to its dtype.
+        sequence: n, (M,) int64 in [0, N).
+        row: r, (M,) int64, 0 or more; L: the token is left out. No two tokens have the same place.
+        drops: whether some r may be L.
+
+    Raises:
+        ValueError: as of `attention_step`.
+
+    Cost: where gradients are not asked for, on a CUDA device, k and v are read and written once, in
+    one launch; elsewhere a copy of the state more with `drops`.
+    """
+    grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
+    if launches(k) and not grad and k.shape[2] <= WIDEST:
+        from glactl.kernels.triton_attention import attention_write_triton
+
+        attention_write_triton(k, v, state, sequence, row)
+    else:
+        attention_write_reference(k, v, state, sequence, row, drops)
+
+
+def attention_write_reference(
+    k: Tensor, v: Tensor, state: State, sequence: Tensor, row: Tensor, drops: bool = False
+) -> None:
+    """(7); arguments as of `attention_write`."""
+    for held, new in zip(state, (k, v), strict=True):
+        new = new.to(held.dtype)
+        if drops:  # to a row more, which is cut off: nothing is asked of the device
+            wide = F.pad(held, (0, 0, 0, 0, 0, 1)).index_put((sequence, row), new)
+            held.copy_(wide[:, :-1])
+        else:
+            held.index_put_((sequence, row), new)  # (7)
+
+
 @torch.no_grad()
 def attention_step(
     q: Tensor, k: Tensor, v: Tensor, state: State, length: Tensor, theta: float | None = None
@@ -36,7 +96,7 @@ def attention_step(
         k: keys before (1), (N, H, D); H divides HQ.
         v: values, (N, H, D).
         state: keys, after (1), and values, each (N, L, H, D), L at least 1, in one dtype, to which
-            k and v are rounded; updated in place. Sequences may lie apart, but alike in both.
+            k and v are rounded; updated in place. In memory it may lie in any way, alike in both.
         length: p, (N,) int64, 0 or more, below L where the state is no window; updated in place.
         theta: more than 0; None: no rotation, and D may be odd.
 
@@ -44,7 +104,8 @@ def attention_step(
         o: (N, HQ, D) in v's dtype.
 
     Raises:
-        ValueError: on a CUDA device, a state where what one sequence has is not in one piece.
+        ValueError: on a CUDA device, a state whose parts lie differently in memory, or with the
+            entries of a row apart.
 
     Cost: on a CUDA device the rows that count are read once, up to each sequence's own length, in
     one launch and one for (4), or in two; else as plain torch, which reads all L rows.

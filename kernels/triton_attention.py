@@ -1,4 +1,5 @@
-r"""Triton kernels of `attention_step` (attention.py), whose equations are numbered there.
+r"""Triton kernels of `attention_step` and `attention_write` (attention.py), whose equations are
+numbered there.
 
 `_step` is one sequence, head of keys and share of its rows. (1) is of a few numbers, so every
 program does it again; the new key and value never come back from memory: the program of the first
@@ -21,12 +22,19 @@ ones, and `_merge` adds up what (5) leaves of each:
 
     o = sum_i 2^(m_i - M) a_i / sum_i 2^(m_i - M) l_i,  M = max_i m_i                        (6)
 
+A state may lie in memory in any way that has the entries of a row of a head side by side, alike in
+both parts. A head's rows one after another, as `attention_room` makes it, are faster to read than
+the heads of a row side by side: at 100 sequences of 2,000 tokens, 16 heads of 64, 294 us against
+318, at 63 190 against 224, of eight heads of 128 204 against 221, one sequence 7.6 against 9.3.
+
 (4) is done by `_merge`, or by a launch of torch where there is none: all programs read p. They wait
 before they read anything; all launches may be early ones (triton_rows.py).
 
-Floor, an H100: the rows that count, 4 D H bytes each in bf16, over 3.02 TB/s. 63 sequences of 2,048
-tokens, 16 heads of 64: 528 MB, 0.175 ms; measured 0.197, 2.68 TB/s. One sequence, 8.4 MB: 2.8 us;
-measured 10.3 in two launches.
+Floor, an H100: the rows that count, 4 D H bytes each in bf16, over 3.02 TB/s. 100 sequences of
+2,000 tokens, 16 heads of 64: 819 MB, 271 us; measured 294, 2.79 TB/s. One sequence, 8.2 MB: 2.7 us;
+measured 7.6 in two launches.
+
+`_write` is (7) of some tokens and one head, read and written once.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -44,7 +52,7 @@ from glactl.kernels.triton_rotary import circle, per_place
 from glactl.kernels.triton_rows import launch_options
 from glactl.kernels.triton_step import rows_apart
 
-PROGRAMS = 264  # two a multiprocessor of an H100
+PROGRAMS = 4224  # 32 a multiprocessor of an H100, so that few wait for the last
 SHARES = 64  # of a sequence and head at most, which `_merge` reads at once
 LOW = tl.constexpr(-1e38)  # below any score; 2^(LOW - LOW) is no NaN
 
@@ -63,12 +71,12 @@ def _turned(x, j, inside, place, step, D: tl.constexpr):
 
 
 @triton.jit
-def _rows(keys, values, start, end, row, head, HD, j, TB: tl.constexpr, D: tl.constexpr):
-    """TB rows of a head's keys and values from `start`, as they are, and which of them count: those
-    below `end` without `row`."""
+def _rows(keys, values, start, end, row, head, apart, j, TB: tl.constexpr, D: tl.constexpr):
+    """TB rows of a head's keys and values from `start`, `apart` from each other, as they are, and
+    which of them count: those below `end` without `row`."""
     i = start + tl.arange(0, TB)
     live = (i < end) & (i != row)
-    at = head + i.to(tl.int64)[:, None] * HD + j[None, :]
+    at = head + i.to(tl.int64)[:, None] * apart + j[None, :]
     inside = live[:, None] & (j < D)[None, :]
     K = tl.load(keys + at, mask=inside, other=0.0)
     return K, tl.load(values + at, mask=inside, other=0.0), live
@@ -76,13 +84,13 @@ def _rows(keys, values, start, end, row, head, HD, j, TB: tl.constexpr, D: tl.co
 
 @triton.jit
 def _step(
-    q, k, v, keys, values, length, o, part, scale, step, H, L, apart, q_row, k_row, v_row,
+    q, k, v, keys, values, length, o, part, scale, step, H, L, SN, SL, SH, q_row, k_row, v_row,
     D: tl.constexpr, DP: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, TB: tl.constexpr,
     S: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """(1), (2) and (5) of one sequence, head of keys and one of S shares of its rows; DP and RP are
-    D and R padded, and a sequence of the state is `apart` D from the next. Where S is 1 the result
-    is o, else part (.., R, D + 2) gets a, m and l."""
+    D and R padded, SN D, SL D and SH D what lies between sequences, rows and heads of the state.
+    Where S is 1 the result is o, else part (.., R, D + 2) gets a, m and l."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -97,11 +105,11 @@ def _step(
     j = tl.arange(0, DP)
     in_d = j < D
     dtype: tl.constexpr = keys.dtype.element_ty
-    head = (n * apart + h) * D
+    head = (n * SN + h * SH) * D
     K = _turned(k + n * k_row + h * D, j, in_d, place, step, D).to(dtype)
     V = tl.load(v + n * v_row + h * D + j, mask=in_d, other=0.0).to(dtype)
     if share == 0:
-        new = head + row.to(tl.int64) * (H * D) + j
+        new = head + row.to(tl.int64) * (SL * D) + j
         tl.store(keys + new, K, mask=in_d)
         tl.store(values + new, V, mask=in_d)  # (2)
     K, V = K.to(tl.float32), V.to(tl.float32)
@@ -114,7 +122,7 @@ def _step(
         l = tl.where(mine, 1.0, 0.0)  # noqa: E741
         a = tl.where(mine[:, None], V[None, :], 0.0)
         for start in range(first, end, TB):
-            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, D)
+            KT, VT, live = _rows(keys, values, start, end, row, head, SL * D, j, TB, D)
             z = tl.sum(KT.to(tl.float32) * Q[None, :], 1)
             z = tl.where(live, z, -float("inf"))
             top = tl.maximum(m, z)
@@ -134,7 +142,7 @@ def _step(
         l = tl.where(share == 0, 1.0, 0.0) + tl.zeros((RP,), tl.float32)  # noqa: E741
         a = tl.where(share == 0, V, 0.0)[None, :] + tl.zeros((RP, DP), tl.float32)
         for start in range(first, end, TB):
-            KT, VT, live = _rows(keys, values, start, end, row, head, H * D, j, TB, D)
+            KT, VT, live = _rows(keys, values, start, end, row, head, SL * D, j, TB, D)
             z = tl.dot(Q, tl.trans(KT), input_precision="ieee") * scale
             z = tl.where(live[None, :], z, -float("inf"))
             top = tl.maximum(m, tl.max(z, 1))
@@ -174,35 +182,54 @@ def _merge(
         tl.store(length + pid // HQ, tl.load(length + pid // HQ) + 1)  # (4)
 
 
+@triton.jit
+def _write(
+    k, v, keys, values, sequence, row, M, L, SN, SL, SH, k_row, v_row,
+    D: tl.constexpr, DP: tl.constexpr, TB: tl.constexpr,
+):  # fmt: skip
+    """(7) of TB tokens and one head; SN, SL and SH as of `_step`."""
+    i, j = tl.program_id(0).to(tl.int64) * TB + tl.arange(0, TB), tl.arange(0, DP)
+    h = tl.program_id(1).to(tl.int64)
+    n = tl.load(sequence + i, mask=i < M, other=0)
+    r = tl.load(row + i, mask=i < M, other=L)
+    inside = (r < L)[:, None] & (j < D)[None, :]
+    to = (n * SN + r * SL + h * SH)[:, None] * D + j[None, :]
+    at = i[:, None]
+    here = h * D + j[None, :]
+    tl.store(keys + to, tl.load(k + at * k_row + here, mask=inside), mask=inside)
+    tl.store(values + to, tl.load(v + at * v_row + here, mask=inside), mask=inside)  # (7)
+
+
 def _tile(R: int, wide: int) -> int:
-    """TB for R queries to a head of keys, of D padded to `wide`: a tile of 2,048 numbers or more.
-
-    63 sequences of 2,048 tokens, 16 heads of 64, bf16, us on an H100: tiles of 2,048 numbers 197,
-    of 4,096 229, of 8,192 206; 64 sequences, 8 heads of 128: 276, 255, 226.
-    """
-    numbers = 4096 if R > 1 else 2048 if wide <= 64 else 8192
-    return max(16, numbers // wide)
+    """TB for R queries to a head of keys, of D padded to `wide`: a tile of 4,096 numbers, as was
+    fastest of 1,024 to 8,192 by one to eight warps over several numbers of sequences."""
+    return max(16, 4096 // wide)
 
 
-def _shares(heads: int, L: int, rows: int) -> int:
-    """Shares, a power of two, that fill the chip and are of a tile of `rows` or more in L rows."""
+def _shares(heads: int, L: int, rows: int, programs: int) -> int:
+    """Shares, a power of two, that make so many programs and are of a tile of `rows` or more."""
     shares = 1
-    while shares < SHARES and heads * shares < PROGRAMS and shares * rows < L:
+    while shares < SHARES and heads * shares < programs and shares * rows < L:
         shares *= 2
     return shares
 
 
-def _apart(keys: Tensor, values: Tensor) -> int:
-    """How many D a sequence of the state is from the next; ValueError where it cannot be taken."""
+def _strides(keys: Tensor, values: Tensor) -> list[int]:
+    """How many D lie between sequences, rows and heads of both; ValueError where that differs, or
+    where entries of a row lie apart or together with others."""
+    both = [
+        [step if size > 1 else 0 for size, step in zip(x.shape, x.stride(), strict=True)]
+        for x in (keys, values)
+    ]
+    *steps, inner = both[0]
     D = keys.shape[3]
-    between = [held.stride(0) if len(held) > 1 else 0 for held in (keys, values)]
-    whole = keys[0].is_contiguous() and values[0].is_contiguous()
-    if not whole or between[0] != between[1] or between[0] % D:
+    alone = all(step > 0 for size, step in zip(keys.shape, steps, strict=False) if size > 1)
+    if both[0] != both[1] or not alone or inner > 1 or any(step % D for step in steps):
         raise ValueError(
-            f"state has the strides {keys.stride()} and {values.stride()}; allowed: what one "
-            "sequence has in one piece, alike in both, because it is updated in place"
+            f"state has the strides {keys.stride()} and {values.stride()}; allowed: rows of {D} in "
+            "one piece and one of them or more apart, alike in both, because it is updated in place"
         )
-    return between[0] // D
+    return [step // D for step in steps]
 
 
 def attention_step_triton(
@@ -211,13 +238,14 @@ def attention_step_triton(
 ) -> Tensor:  # fmt: skip
     """`attention_step` on a CUDA device; arguments, result and errors are its."""
     N, L, H, D = state[0].shape
-    apart = _apart(*state)
+    strides = _strides(*state)
     HQ = q.shape[1]
     R = HQ // H
     wide, padded = max(16, triton.next_power_of_2(D)), triton.next_power_of_2(R)
     padded = 1 if R == 1 else max(16, padded)
     rows = _tile(R, wide)
-    shares = _shares(N * H, L, rows)
+    # with shared keys more programs have not been tried
+    shares = _shares(N * H, L, rows, PROGRAMS if R == 1 else min(PROGRAMS, 264))
     q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
     o = torch.empty(N, HQ, D, dtype=v.dtype, device=v.device)
     part = None
@@ -228,8 +256,8 @@ def attention_step_triton(
     _step[(N * H * shares,)](
         q, k, v, *state, length, o, part, D**-0.5 / math.log(2),
         None if theta is None else 2 * math.log2(theta) / D,
-        H, L, apart, q.stride(0), k.stride(0), v.stride(0),
-        RP=padded, TB=rows, num_warps=4, **sizes, **begin,
+        H, L, *strides, q.stride(0), k.stride(0), v.stride(0),
+        RP=padded, TB=rows, num_warps=2 if R == 1 else 4, **sizes, **begin,
     )  # fmt: skip
     if part is None:
         length += 1  # (4)
@@ -237,3 +265,16 @@ def attention_step_triton(
         warps = 4 if shares * wide <= 4096 else 8
         _merge[(N * HQ,)](part, o, length, HQ, num_warps=warps, **sizes, **begin)
     return o
+
+
+def attention_write_triton(
+    k: Tensor, v: Tensor, state: tuple[Tensor, Tensor], sequence: Tensor, row: Tensor
+) -> None:
+    """`attention_write` on a CUDA device, without gradients; arguments are its."""
+    M, H, D = k.shape
+    strides, wide = _strides(*state), max(16, triton.next_power_of_2(D))
+    k, v, rows = rows_apart(k), rows_apart(v), _tile(1, wide)
+    _write[(triton.cdiv(M, rows), H)](
+        k, v, *state, sequence.contiguous(), row.contiguous(), M, state[0].shape[1], *strides,
+        k.stride(0), v.stride(0), D=D, DP=wide, TB=rows, num_warps=4,
+    )  # fmt: skip

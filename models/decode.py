@@ -20,7 +20,7 @@ from torch import Tensor
 from glactl.models.layers import end_to_end, to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler
-from glactl.models.steps import BLOCK, Again, Stepper, join, take
+from glactl.models.steps import BLOCK, Again, Stepper, begin_anew, reserve, rows_of, take
 
 PIECE = 8192  # tokens of prompts that are read at once
 
@@ -32,17 +32,20 @@ def prefill(
     piece: int = PIECE,
     past: tuple[Tensor, LMState] | None = None,
     capacity: int = 0,
+    room: LMState | None = None,
 ) -> tuple[Tensor, LMState]:
-    """Read every prompt, packed into one row, `piece` tokens at a time.
+    """Read every prompt, packed end to end, `piece` tokens at a time.
 
     Args:
         lm: the model, in evaluation mode.
         prompts: N lists of token ids; none empty without a past.
-        piece: the most tokens read at once, 1 or more.
+        piece: the most tokens read at once, 1 or more; only a longer prompt is cut.
         past: hidden (N, D) and the state of N sequences, which the prompts continue and which is
             left as it is; None: they begin here.
-        capacity: without a past, tokens of each sequence that softmax attention has room for
-            afterwards, if it holds fewer.
+        capacity: tokens of each sequence that softmax attention has room for afterwards, if it
+            holds fewer.
+        room: without a past, the state of N sequences with the capacity for all tokens; what it
+            holds is written over, and it is what is returned. None: memory of its own.
 
     Returns:
         hidden (N, D) after the last token of each prompt, and the state of N sequences.
@@ -51,42 +54,63 @@ def prefill(
         ValueError: no prompt, an empty one, or a piece below 1.
 
     Cost: one forward pass over the sum of the lengths; the memory of one over `piece` tokens, and
-    two states.
+    one state.
     """
     empty = [i for i, prompt in enumerate(prompts) if len(prompt) == 0]
     if not prompts or (empty and past is None):
         raise ValueError(f"prompt {empty[0]} is empty" if empty else "prompts is empty")
     if piece < 1:
         raise ValueError(f"piece is {piece}; allowed: 1 or more")
-    device = lm.device
-    tokens, ends = end_to_end(prompts)
-    state = lm.initial_state(len(prompts), device=device) if past is None else past[1]
-    before = state.longest
-    hidden = None if past is None else past[0].clone()
-    for first in range(0, len(tokens), piece):
-        part = tokens[first : first + piece]
-        bounds = (ends - first).clamp(0, len(part))
-        if past is None and first == 0:  # rows as if so many tokens came
-            state.longest = max(capacity - int(bounds.diff().max()), 0)
-        last = (bounds.diff() > 0).nonzero().squeeze(-1)  # the last piece that has some of a row
-        asked = to_device(bounds[1:][last] - 1, device)
-        cu_seqlens = bounds if len(prompts) > 1 else None  # one row needs no bounds
-        read, state = lm.forward(to_device(part[None], device), state, cu_seqlens, asked)
-        # forward adds up the longest of every piece, whose rows need not be the same
-        state.longest = before + int((ends[1:].clamp(max=first + len(part)) - ends[:-1]).max())
-        hidden = read.new_zeros(len(prompts), read.shape[-1]) if hidden is None else hidden
-        hidden.index_copy_(0, to_device(last, device), read)
+    N, device, before = len(prompts), lm.device, 0 if past is None else past[1].longest
+    capacity = max(capacity, before + max(map(len, prompts)))
+    hidden = None
+    if past is not None:
+        hidden, state = past[0].clone(), take(past[1], torch.arange(N, device=device))
+        reserve(lm, state, capacity)
+    elif room is not None:
+        state = room
+        begin_anew(lm, state)
+    else:
+        state = lm.initial_state(N, capacity=capacity)
+    for first, part, done in _pieces(prompts, piece):
+        some = rows_of(state, first, first + len(part))
+        some.longest = before + done
+        tokens, bounds = end_to_end(part)
+        asked = to_device(bounds[1:] - 1, device)
+        cu_seqlens = bounds if len(part) > 1 else None  # one row needs no bounds
+        read = lm.extend(to_device(tokens[None], device), some, cu_seqlens, asked)
+        hidden = read.new_zeros(N, read.shape[-1]) if hidden is None else hidden
+        hidden[first : first + len(part)] = read
     assert hidden is not None
-    if len(tokens) == 0:  # a step would write into the past
-        state = take(state, torch.arange(len(prompts), device=device))
+    state.longest = before + max(map(len, prompts))
     return hidden, state
+
+
+def _pieces(
+    prompts: Sequence[Sequence[int]], piece: int
+) -> Iterator[tuple[int, list[Sequence[int]], int]]:
+    """Prompts one after the other in pieces of at most so many tokens: the first prompt's number,
+    the tokens of it and of those behind it, and how many of it came before. Without empty ones.
+
+    A prompt that is cut is in pieces of its own.
+    """
+    part: list[Sequence[int]] = []
+    for i, prompt in enumerate([*prompts, ()]):
+        if part and (len(prompt) == 0 or sum(map(len, part)) + len(prompt) > piece):
+            yield i - len(part), part, 0
+            part = []
+        if 0 < len(prompt) <= piece:
+            part.append(prompt)
+        elif len(prompt) > piece:
+            for at in range(0, len(prompt), piece):
+                yield i, [prompt[at : at + piece]], at
 
 
 @torch.inference_mode()
 def decode(
     lm: LM,
     hidden: Tensor,
-    state: LMState | Sequence[LMState],
+    state: LMState,
     limits: Sequence[int],
     sampler: Sampler,
     stop: Callable[[int, int], bool],
@@ -99,13 +123,14 @@ def decode(
     Args:
         lm: the model, in evaluation mode.
         hidden: (N, D) after the last token of each prompt, from `prefill`.
-        state: the state of N sequences, or those of all of them in parts, as of `join`; used up.
+        state: the state of N sequences; used up.
         limits: N numbers, the most tokens to make for each.
         sampler: draws the tokens; its rows are those of hidden.
         stop: stop(row, token) is asked after every token; true ends the row.
         vocab: ids below it may be drawn; None: all that the model has.
         block: steps between two looks at the tokens, 1 or more.
-        again: keeps what was captured for the next call with it; None: nothing is kept.
+        again: keeps what was captured for the next call with it, which goes on from a state in
+            its room; None: nothing is kept.
 
     Yields:
         (row, token) of all rows that made one, rows counted from 0; ends when no row is left.
@@ -123,17 +148,15 @@ def decode(
     if not rows:
         return
     sampler = sampler.start(hidden.device, lm.spec.vocab if vocab is None else vocab)
-    parts = [state] if isinstance(state, LMState) else list(state)
     if len(rows) < hidden.shape[0]:
         index = to_device(torch.tensor(rows), hidden.device)
-        parts = [take(join(lm, parts), index)]
+        state = take(state, index)
         hidden, sampler = hidden[index], sampler.keep(index)
-    place = torch.cat([part.position for part in parts])
-    token = sampler.draw(lm.logits(hidden)[:, :vocab], sampler.uniform(place))
+    token = sampler.draw(lm.logits(hidden)[:, :vocab], sampler.uniform(state.position))
     more = sampler, max(limits), vocab, block
-    stepper = None if again is None else again.find(token, parts, *more)
+    stepper = None if again is None else again.find(token, state, *more)
     if stepper is None:
-        stepper = Stepper(lm, token, join(lm, parts), *more)
+        stepper = Stepper(lm, token, state, *more)
         if again is not None:
             again.keep(stepper)
     columns, made, alive = [token.tolist()], 0, set(rows)

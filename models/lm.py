@@ -75,21 +75,36 @@ class Block(nn.Module):
         longest: int,
         shared: Tensor | None,
         asked: Tensor | None = None,
+        before: int | None = None,
     ) -> tuple[Tensor, State | None]:
         """(B, T, d) -> (B, T, d), and the state after where one went in.
 
         shared: this layer's row of what its kind of mixer shares; None: nothing. asked: (n,) of the
-        B T places, those alone of which (n, d) is wanted; None: all.
+        B T places, those alone of which (n, d) is wanted; None: all. before: at least the tokens of
+        the longest sequence before this call; `state` is then updated in place and returned.
         """
-        x, after = self.norm(h), None
+        x = self.norm(h)
+        after: State = {}
         if self.conv is not None:
-            x, after = self.conv(x, state, cu_seqlens)
-        more = () if shared is None else (shared,)
-        y, mixed = self.mixer(x, state, cu_seqlens, longest, *more)
+            x, conv = self.conv(x, state, cu_seqlens)
+            after |= conv or {}
+        extend = None if before is None else getattr(self.mixer, "extend", None)
+        if extend is not None:
+            y = extend(x, state, cu_seqlens, before, longest)
+        else:
+            more = () if shared is None else (shared,)
+            y, mixed = self.mixer(x, state, cu_seqlens, longest, *more)
+            after |= mixed or {}
         if asked is not None:
             h, y = (x.flatten(0, 1).index_select(0, asked) for x in (h, y))
         h = self._channels(h + self.dropout(y))
-        return h, None if mixed is None else mixed | (after or {})
+        if state is None:
+            return h, None
+        if before is None:
+            return h, after
+        for name, part in after.items():
+            state[name].copy_(part)
+        return h, state
 
     def step(self, h: Tensor, state: State, longest: int, shared: Tensor | None) -> Tensor:
         """(N, d) -> (N, d); `state` is updated in place."""
@@ -196,6 +211,28 @@ class LM(nn.Module):
         Under autocast the residual, norms, gates and states are as wide as without it, and
         products are of autocast's type.
         """
+        return self._read(tokens, state, cu_seqlens, asked, None)
+
+    @torch.no_grad()
+    def extend(
+        self, tokens: Tensor, state: LMState, cu_seqlens: Tensor | None = None,
+        asked: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`forward` without gradients that updates `state` in place; returns hidden.
+
+        Where the state has the capacity for all tokens, what it is made of stays where it is.
+        """
+        hidden, after = self._read(tokens, state, cu_seqlens, asked, state.longest)
+        assert after is not None
+        state.position.copy_(after.position)
+        state.longest = after.longest
+        return hidden
+
+    def _read(
+        self, tokens: Tensor, state: LMState | None, cu_seqlens: Tensor | None,
+        asked: Tensor | None, before: int | None,
+    ) -> tuple[Tensor, LMState | None]:  # fmt: skip
+        """`forward`, or `extend` of a state whose longest sequence has `before` tokens."""
         longest = check_layout(tokens, None if state is None else len(state.position), cu_seqlens)
         if state is not None:
             longest += state.longest
@@ -216,9 +253,11 @@ class LM(nn.Module):
         early = asked is not None and not self.training
         with nullcontext() if cu_seqlens is None else steady():
             for i, block in enumerate(self._blocks()):
-                before = None if state is None else state.layers[i]
-                wanted = (asked,) if early and i + 1 == len(shared) else ()
-                h, after = block(h, before, cu_seqlens, longest, shared[i], *wanted)  # (2)
+                held = None if state is None else state.layers[i]
+                more: tuple[Tensor | int | None, ...] = ()
+                if (last := early and i + 1 == len(shared)) or before is not None:
+                    more = (asked if last else None, before)
+                h, after = block(h, held, cu_seqlens, longest, shared[i], *more)  # (2)
                 if after is not None:
                     layers.append(after)
         if asked is not None and not early:

@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from glactl.kernels.attention import attention_more_room
 from glactl.models.greedy import Greedy
 from glactl.models.joined import Joined
 from glactl.models.layers import to_device
@@ -65,7 +65,7 @@ class Stepper:
         read: Callable[[Tensor, LMState], Tensor] | None = None,
     ) -> None:
         self.lm, self.state, self.sampler, self.vocab = lm, state, sampler, vocab
-        self.room, self.block, self.read = room, block, read  # of room, what is left
+        self.left, self.block, self.read = room, block, read
         N, device = len(token), token.device
         self.captured = captures(device)
         # what a captured or compiled step is told of the longest row: all that there is room for
@@ -85,50 +85,34 @@ class Stepper:
             buffers = self._token, state.position, self._made, self._slot
             self._greedy = Greedy(lm, *buffers, vocab)
 
+    def room(self, rows: int, need: int) -> LMState | None:
+        """The memory of so many of the sequences, for others that need room for so many tokens;
+        None where these steps cannot serve them: they are captured for more, or half as many or
+        fewer rows are asked for, or more tokens."""
+        held = len(self._token)
+        serves = self.captured and held < 2 * rows <= 2 * held and need <= (self._most or 0)
+        return rows_of(self.state, 0, rows) if serves else None
+
     @torch.inference_mode()
     def begin(
-        self, token: Tensor, parts: Sequence[LMState], sampler: Sampler, room: int,
-        vocab: int | None, block: int,
+        self, token: Tensor, state: LMState, sampler: Sampler, room: int, vocab: int | None,
+        block: int,
     ) -> bool:  # fmt: skip
-        """Go on from other sequences, the states of all of them in parts, where what was captured
-        can: as many rows or more than half, drawn alike, with no more room. False where it cannot.
-        """
-        longest = max(part.longest for part in parts)
+        """Go on from other sequences, whose state lies in `room`. False, and nothing is changed,
+        where what was captured cannot: they are drawn in another way, or have more to come."""
         if (
-            not self._serves(len(token), longest + room)
+            state.longest + room > (self._most or 0)
             or (vocab, block) != (self.vocab, self.block)
             or not self.sampler.alike(sampler)
         ):
             return False
-        first = 0
-        for part in parts:
-            last = first + len(part.position)
-            for held, new in zip(self.state.layers, part.layers, strict=True):
-                for name, x in new.items():
-                    here = held[name][first:last]
-                    (here[:, : x.shape[1]] if x.ndim > 1 else here).copy_(x)
-            self.state.position[first:last] = part.position
-            first = last
-        for held in self.state.layers:  # rows too many begin anew
-            for x in held.values():
-                if x.ndim == 1:
-                    x[first:] = 0
-        self.state.position[first:] = 0
-        self.state.longest, self.room, self.sampler = longest, room, sampler
         self.rows = len(token)
-        self._token[:first].copy_(token)
+        begin_anew(self.lm, rows_of(self.state, self.rows, len(self._token)))  # rows too many
+        self.state.longest, self.left, self.sampler = state.longest, room, sampler
+        self._token[: self.rows].copy_(token)
         if self._greedy is not None:
             self._greedy.begin(token)
         return True
-
-    def capacity(self, rows: int, need: int) -> int:
-        """The tokens that each row has room for, if that many rows which need so many can have the
-        place of those here; `need` if not."""
-        return self._most if self._most and self._serves(rows, need) else need
-
-    def _serves(self, rows: int, need: int) -> bool:
-        held = len(self._token)
-        return self.captured and held < 2 * rows <= 2 * held and need <= (self._most or 0)
 
     @torch.inference_mode()
     def run(self, n: int) -> list[list[int]]:
@@ -138,7 +122,7 @@ class Stepper:
             place = state.position[:rows, None] + torch.arange(1, n + 1, device=self._u.device)
             self._u[:rows, :n] = self.sampler.uniform(place)
         self._slot.zero_()
-        self.room -= n
+        self.left -= n
         for _ in range(n):
             longest = state.longest + 1
             if self._graph is None:
@@ -153,7 +137,7 @@ class Stepper:
         """A stepper of the rows at the indices `stay` alone."""
         index = to_device(torch.tensor(stay), self._token.device)
         state, sampler = take(self.state, index), self.sampler.keep(index)
-        rest = self.room, self.vocab, self.block, self.read
+        rest = self.left, self.vocab, self.block, self.read
         return Stepper(self.lm, self._token[index], state, sampler, *rest)
 
     def rest(self, ended: Sequence[int]) -> None:
@@ -185,22 +169,28 @@ class Again:
 
     def __init__(self) -> None:
         self._stepper: Stepper | None = None
+        self._given: LMState | None = None
+
+    def room(self, rows: int, need: int) -> LMState | None:
+        """Memory for the state of so many sequences with room for so many tokens, from which
+        `find` goes on; None, and no memory held, where there is none that fits."""
+        self._given = None if self._stepper is None else self._stepper.room(rows, need)
+        if self._given is None:
+            self._stepper = None
+        return self._given
 
     def find(
-        self, token: Tensor, parts: Sequence[LMState], sampler: Sampler, room: int,
-        vocab: int | None, block: int,
+        self, token: Tensor, state: LMState, sampler: Sampler, room: int, vocab: int | None,
+        block: int,
     ) -> Stepper | None:  # fmt: skip
-        """The steps that are kept, begun anew; None, and no memory held, where they do not fit."""
-        found = self._stepper
-        if found is not None and not found.begin(token, parts, sampler, room, vocab, block):
-            found = self._stepper = None
-        return found
-
-    def capacity(self, rows: int, need: int) -> int:
-        """The tokens of each sequence to have room for, where `rows` of them need so many: those of
-        the steps that are kept, whose buffers are then filled without gaps, if they can serve."""
-        kept = self._stepper
-        return need if kept is None else kept.capacity(rows, need)
+        """The steps that are kept, begun anew; None where the state is not in their room, or they
+        do not fit."""
+        found, given, self._given = self._stepper, self._given, None
+        more = sampler, room, vocab, block
+        if found is not None and state is given and found.begin(token, state, *more):
+            return found
+        self._stepper = None
+        return None
 
     def keep(self, stepper: Stepper) -> None:
         """Keep these steps, if they are captured."""
@@ -249,24 +239,22 @@ def take(state: LMState, index: Tensor) -> LMState:
     return LMState(layers, state.position[index], state.longest)
 
 
-@torch.inference_mode()
-def join(lm: LM, states: Sequence[LMState]) -> LMState:
-    """The states of all sequences of `states`, one after another, as one; they are used up.
+def rows_of(state: LMState, first: int, last: int) -> LMState:
+    """The state of the sequences from `first` to `last`, in the same memory."""
+    layers = [{name: x[first:last] for name, x in layer.items()} for layer in state.layers]
+    return LMState(layers, state.position[first:last], state.longest)
 
-    Cost: a copy. Softmax attention has room for the longest in every row.
-    """
-    if len(states) == 1:
-        return states[0]
-    longest = max(state.longest for state in states)
-    for state in states:
-        reserve(lm, state, longest)
-    layers = []
-    for parts in zip(*(state.layers for state in states), strict=True):
-        # layer by layer, so that there is never a second copy of all
-        layers.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-        for part in parts:
-            part.clear()
-    return LMState(layers, torch.cat([state.position for state in states]), longest)
+
+def begin_anew(lm: LM, state: LMState) -> None:
+    """No sequence of the state has begun, in place. What has a row for every token stays as it is:
+    rows are not read before they are written."""
+    likes = (lm.initial_state(0, capacity=L).layers for L in (0, 1))
+    for layer, some, more in zip(state.layers, *likes, strict=True):
+        for name, x in layer.items():
+            if some[name].shape == more[name].shape:
+                x.zero_()
+    state.position.zero_()
+    state.longest = 0
 
 
 def reserve(lm: LM, state: LMState, capacity: int) -> None:
@@ -275,6 +263,5 @@ def reserve(lm: LM, state: LMState, capacity: int) -> None:
         state.layers, lm.initial_state(0, capacity=capacity).layers, strict=True
     ):
         for name, part in layer.items():
-            more = like[name].shape[1] - part.shape[1] if part.ndim > 1 else 0
-            if more > 0:
-                layer[name] = F.pad(part, [0, 0] * (part.ndim - 2) + [0, more])
+            if part.ndim > 1 and like[name].shape[1] > part.shape[1]:
+                layer[name] = attention_more_room(part, capacity)

@@ -6,8 +6,9 @@ copy of the state that the question left, so it is read once (glactl.tasks.batch
 than `batch_tokens` is read in pieces, the state carried from one to the next: memory does not
 depend on the length of a text (softmax attention without a window excepted, which keeps its past).
 
-Generation reads prompts in batches of whole ones, joins their states, and takes one-token steps on
-all rows (glactl.models.decode). As many rows go together as their states fit `state_memory` bytes.
+Generation reads prompts, as many as fit in `batch_tokens` at once, and takes one-token steps on all
+rows (glactl.models.decode). As many rows go together as their states fit `state_memory` bytes; they
+are written where the captured steps of the batch before have them.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from glactl.models.decode import decode, prefill
 from glactl.models.layers import end_to_end, to_device
-from glactl.models.lm import LM, LMState
+from glactl.models.lm import LM
 from glactl.models.losses import token_losses
 from glactl.models.sampling import Sampler
 from glactl.models.steps import BLOCK, Again, take
@@ -32,7 +33,7 @@ LEAST_WEIGHT = 256  # tokens that a row with a state of its own counts as at lea
 LEAST_PIECE = 64  # tokens: where so few do not fit the memory, fewer would not help
 LOGITS = 2**26  # entries that are held at once
 ROWS = 256  # steps of more rows than this are bound by their states: more gain nothing
-SHARE = 4  # of the free memory a quarter is for states: joins and kept steps hold them twice
+SHARE = 2  # of the free memory half is for states: rows that go on without others are copied
 
 
 class LMEngine(Engine):
@@ -204,25 +205,12 @@ class LMEngine(Engine):
         sampler = Sampler(asks[0].sampling, [ask.number for ask in asks])
         limits = [ask.limit for ask in asks]
         need = max(len(ask.ids) for ask in asks) + max(limits)
-        read = self._read([ask.ids for ask in asks], again.capacity(len(asks), need))
+        room, prompts = again.room(len(asks), need), [ask.ids for ask in asks]
+        read = prefill(self.lm, prompts, self._tokens.size, capacity=need, room=room)
         vocab = self.tokenizer.vocab_size
         for _ in decode(self.lm, *read, limits, sampler, stop, vocab, again=again):
             pass
         return [self.text(ids, ask.stops) for ids, ask in zip(made, asks, strict=True)]
-
-    def _read(self, prompts: Sequence[list[int]], capacity: int) -> tuple[Tensor, list[LMState]]:
-        """`prefill` of whole prompts, at most a piece at once: hidden of all, states in parts."""
-        piece = self._tokens.size
-        parts: list[list[list[int]]] = []
-        held = piece
-        for prompt in prompts:
-            if held + len(prompt) > piece:
-                parts.append([])
-                held = 0
-            parts[-1].append(prompt)
-            held += len(prompt)
-        read = [prefill(self.lm, part, piece, capacity=capacity) for part in parts]
-        return torch.cat([hidden for hidden, _ in read]), [state for _, state in read]
 
 
 def _input(pair: Pair) -> list[int]:

@@ -117,7 +117,7 @@ class FileTokenizer:
         """encode of each of `texts`, on all cores."""
         # _fast leaves out the places of the tokens in the text
         found = self._inner.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [list(one.ids) for one in found]
+        return [one.ids for one in found]
 
     def decode(self, ids: list[int]) -> str:
         """The text of `ids`; special tokens and unknown ids read ""."""

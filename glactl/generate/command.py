@@ -23,7 +23,7 @@ from glactl.generate.states import Past, checkpoint_hash, load_past, save_past
 from glactl.models.decode import PIECE, decode, prefill, step_error
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler, Sampling
-from glactl.models.steps import BLOCK, take
+from glactl.models.steps import BLOCK, captures, take
 from glactl.run import Run
 from glactl.tasks.stream import TextStream, prompt_ids
 from glactl.tasks.tokenizer import Tokenizer
@@ -115,7 +115,8 @@ def generate(
 
     start = time.perf_counter()
     first = None if past is None else _repeated(past, len(ids))
-    hidden, state = prefill(lm, ids, piece, first)
+    room = longest + max_tokens if captures(lm.device) else 0
+    hidden, state = prefill(lm, ids, piece, first, room)
     _wait(hidden.device)
     read = time.perf_counter()
     state_bytes = _bytes(state)

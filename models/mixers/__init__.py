@@ -16,10 +16,13 @@ a state that is a dict of tensors with the sequences first,
     step(x (N, d), state, longest=None) -> y (N, d), with the state updated in place
     initial_state(N, device, capacity=0) -> state
 
+and may have extend(x, state, cu_seqlens, before, longest) -> y, which is forward without gradients
+and updates the state in place, where the state after is more than is worth a copy.
+
 longest, a number that the host knows, is at least the tokens of the longest sequence after the
-call; without it a mixer that wants it may wait for the device. capacity is the tokens that a state
-which grows has room for from the start. Weights that do not begin as `build_lm` draws them are set
-by a method start() of the module that has them.
+call, and before before it; without longest a mixer that wants it may wait for the device. capacity
+is the tokens that a state which grows has room for from the start. Weights that do not begin as
+`build_lm` draws them are set by a method start() of the module that has them.
 """
 
 from typing import Annotated, Any, Literal, TypeAlias, get_args

@@ -29,7 +29,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from glactl.kernels.attention import attention_step
+from glactl.kernels.attention import (
+    attention_more_room,
+    attention_room,
+    attention_step,
+    attention_write,
+)
 from glactl.kernels.rows import product_rows
 from glactl.models import spec
 from glactl.models.joined import whole
@@ -110,10 +115,9 @@ class Attention(nn.Module):
 
     def initial_state(self, N: int, device: torch.device, capacity: int = 0) -> State:
         """The state of N sequences that have not begun, with room for `capacity` tokens of each."""
-        size = (N, self.window or capacity, self.groups, self.D)
-        k = torch.zeros(size, device=device, dtype=self.k.weight.dtype)
-        length = torch.zeros(N, device=device, dtype=torch.int64)
-        return {"k": k, "v": torch.zeros_like(k), "length": length}
+        size = N, self.window or capacity, self.groups, self.D
+        k, v = (attention_room(*size, part.weight.dtype, device) for part in (self.k, self.v))
+        return {"k": k, "v": v, "length": torch.zeros(N, device=device, dtype=torch.int64)}
 
     def forward(
         self,
@@ -136,21 +140,57 @@ class Attention(nn.Module):
 
         Cost: O(T^2 d) for a sequence of T, O(T window d) with a window.
         """
-        B, T, _ = x.shape
-        at = layout(B, T, cu_seqlens, x.device)
+        at = layout(x.shape[0], x.shape[1], cu_seqlens, x.device)
         place = at.place if state is None else at.place + state["length"][at.sequence]
-        q, k, v = self._project(x, place.view(B, T))
         if longest is None:
             longest = _largest(at.length if state is None else at.length + state["length"])
+        y, k, v = self._mix(x, state, cu_seqlens, at, place, longest)
+        if state is None:
+            return y, None
+        after = {"length": state["length"] + at.length}
+        rows = self.window or max(state["k"].shape[1], longest)
+        after |= {name: attention_more_room(state[name], rows) for name in ("k", "v")}
+        self._write(after, k, v, at, place)
+        return y, {name: after[name] for name in STATE}
+
+    @torch.no_grad()
+    def extend(
+        self, x: Tensor, state: State, cu_seqlens: Tensor | None, before: int, longest: int
+    ) -> Tensor:
+        """`forward` without gradients that updates `state` in place and returns y.
+
+        before: as longest, but before this call; 0: no sequence of the state has begun, and nothing
+        of it is read. A state without a window that is too small is copied once.
+        """
+        at = layout(x.shape[0], x.shape[1], cu_seqlens, x.device)
+        place = at.place if before == 0 else at.place + state["length"][at.sequence]
+        y, k, v = self._mix(x, state if before else None, cu_seqlens, at, place, longest)
+        for name in ("k", "v") if self.window is None and longest > state["k"].shape[1] else ():
+            state[name] = attention_more_room(state[name], longest)
+        state["length"] += at.length
+        self._write(state, k, v, at, place)
+        return y
+
+    def _mix(
+        self,
+        x: Tensor,
+        state: State | None,
+        cu_seqlens: Tensor | None,
+        at: Layout,
+        place: Tensor,
+        longest: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """y, and the keys and values of the new tokens, (B, T, kv_heads, D)."""
+        q, k, v = self._project(x, place.view(x.shape[:2]))
         if cu_seqlens is None:
-            o = self._attend(q, k, v, self._past(state, None, longest - T))
+            o = self._attend(q, k, v, self._past(state, None, longest - x.shape[1]))
         elif x.device.type == "cpu" or not fits(q, self.window):
             o = self._grouped(q[0], k[0], v[0], state, at, longest)[None]
         else:
             past = self._past(state, None, longest)
             o = varlen(q[0], k[0], v[0], past, at, longest, self.window)[None]  # (2)
         y: Tensor = self.out(o.flatten(-2))  # (3)
-        return y, None if state is None else self._append(state, k, v, at, place, longest)
+        return y, k, v
 
     def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place, without gradients.
@@ -162,7 +202,8 @@ class Attention(nn.Module):
             length = state["length"]
             need = (_largest(length) + 1 if longest is None else longest) - state["k"].shape[1]
             for name in ("k", "v") if need > 0 else ():
-                state[name] = F.pad(state[name], (0, 0, 0, 0, 0, max(GROWTH, need)))
+                rows = state[name].shape[1] + max(GROWTH, need)
+                state[name] = attention_more_room(state[name], rows)
         q, k, v = (part(x) for part in self.together())
         y: Tensor = self.out(self._one(q, k, v, state))  # (3)
         return y
@@ -287,33 +328,15 @@ class Attention(nn.Module):
         )
         return o.transpose(1, 2)
 
-    def _append(
-        self, state: State, k: Tensor, v: Tensor, at: Layout, place: Tensor, longest: int
-    ) -> State:
-        """The state after new keys and values (B, T, kv_heads, D) at `place` (B * T,)."""
-        length = state["length"] + at.length
-        L, row = state["k"].shape[1], place
-        if self.window is None and L == 0 and len(place):
-            # nothing is held yet: rows are gathered, those that never count from another sequence
-            token = torch.arange(longest, device=place.device)
-            index = (at.start[:, None] + token).clamp(max=len(place) - 1).flatten()
-            held = {"k": k, "v": v}
-            for name, new in held.items():
-                part = new.flatten(0, 1).to(state[name].dtype).index_select(0, index)
-                held[name] = part.unflatten(0, (len(length), longest))
-            return {**held, "length": length}
-        if self.window is None:
-            more = max(longest - L, 0)
-        else:
-            # what does not stay goes to a row of its own, so that no other is written twice
-            kept = place >= (length - self.window)[at.sequence]
-            row, more = torch.where(kept, place % self.window, self.window), 1
-        after = {}
-        for name, new in (("k", k), ("v", v)):
-            old = F.pad(state[name], (0, 0, 0, 0, 0, more)) if more else state[name].clone()
-            new = new.flatten(0, 1).to(old.dtype)
-            after[name] = old.index_put_((at.sequence, row), new)[:, : self.window]
-        return {**after, "length": length}
+    def _write(self, state: State, k: Tensor, v: Tensor, at: Layout, place: Tensor) -> None:
+        """New keys and values (B, T, kv_heads, D) at `place` (B * T,) into a state, whose length
+        counts them already."""
+        row = place
+        if self.window is not None:  # what does not stay is left out
+            kept = place >= (state["length"] - self.window)[at.sequence]
+            row = torch.where(kept, place % self.window, self.window)
+        held, new = (state["k"], state["v"]), (k.flatten(0, 1), v.flatten(0, 1))
+        attention_write(*new, held, at.sequence, row, drops=self.window is not None)
 
 
 def _largest(length: Tensor) -> int:

@@ -1,4 +1,5 @@
-"""One token of softmax attention: the definition against sums in fp64, the kernels against it."""
+"""One token of softmax attention: the definition against sums in fp64, the kernels against it; and
+the writing of many tokens into a state."""
 
 import os
 
@@ -7,11 +8,22 @@ import torch
 from oracle import CUDA, DEVICE
 from torch import Tensor
 
-from glactl.kernels.attention import attention_step, attention_step_reference
+from glactl.kernels.attention import (
+    attention_room,
+    attention_step,
+    attention_step_reference,
+    attention_write,
+    attention_write_reference,
+)
 
 pytest.importorskip("triton")
 from glactl.kernels import triton_attention
-from glactl.kernels.triton_attention import _shares, _tile, attention_step_triton
+from glactl.kernels.triton_attention import (
+    _shares,
+    _tile,
+    attention_step_triton,
+    attention_write_triton,
+)
 from glactl.models.mixers.attention import Attention
 
 runs = pytest.mark.skipif(
@@ -58,6 +70,13 @@ def inputs(
     return q, k, v, state, length
 
 
+def heads_first(state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The same state, a head's rows one after another in memory."""
+    made = tuple(attention_room(*x.shape, x.dtype, x.device) for x in state)
+    assert made[0].transpose(1, 2).is_contiguous()
+    return tuple(x.copy_(old) for x, old in zip(made, state, strict=True))
+
+
 def rotated(x: Tensor, place: int, theta: float | None) -> Tensor:
     """The two halves as real and imaginary part, turned by e^(i place f)."""
     if theta is None:
@@ -81,8 +100,9 @@ def definition(q, k, v, state, length, theta) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def check(
-    step, case: tuple, dtype: torch.dtype, theta: float | None, held=None, empty=torch.nan
-) -> None:
+    step, case: tuple, dtype: torch.dtype, theta: float | None, held=None, empty=torch.nan,
+    layout=tuple,
+) -> None:  # fmt: skip
     """The state: to two roundings to its type and, turned, by angles off by 4 p eps.
 
     The result: a score is a sum of D terms as large as |q| |k| / sqrt(D), and off by so many
@@ -91,7 +111,7 @@ def check(
     random walks, and p and o are rounded once.
     """
     q, k, v, state, length = inputs(case, dtype, held, empty)
-    before = length.clone()
+    before, state = length.clone(), layout(state)
     wide = [x.double() for x in (q, k, v)]
     o, *after = definition(*wide, [x.double() for x in state], length, theta)
     made = step(q, k, v, state, length, theta)
@@ -123,13 +143,17 @@ def test_the_definition_is_its_equations(name: str, theta: float | None, dtype) 
 
 @runs
 @pytest.mark.parametrize("theta", [None, THETA])
-@pytest.mark.parametrize("programs", [1, 264], ids=["whole", "shares"])
+@pytest.mark.parametrize(
+    ("programs", "layout"),
+    [(1, tuple), (1, heads_first), (264, heads_first)],
+    ids=["whole", "whole, heads first", "shares"],
+)
 @pytest.mark.parametrize("name", CASES)
-def test_kernels_match_the_definition(name, programs, theta, monkeypatch) -> None:
+def test_kernels_match_the_definition(name, programs, layout, theta, monkeypatch) -> None:
     """Rows whole, in tiles of a few, or cut into shares, of which some have none."""
     monkeypatch.setattr(triton_attention, "PROGRAMS", programs)
     monkeypatch.setattr(triton_attention, "_tile", lambda R, wide: max(16, 256 // wide))
-    check(attention_step_triton, CASES[name], torch.float32, theta)
+    check(attention_step_triton, CASES[name], torch.float32, theta, layout=layout)
 
 
 @runs
@@ -176,23 +200,27 @@ def test_a_state_that_would_be_copied_is_refused() -> None:
     q = torch.zeros(2, 2, 16, device=DEVICE)
     held = torch.zeros(2, 2, 4, 16, device=DEVICE).transpose(1, 2)
     longer = torch.zeros(2, 5, 2, 16, device=DEVICE)[:, :4]
+    apart = torch.zeros(2, 4, 2, 32, device=DEVICE)[..., ::2]
+    one = torch.zeros(2, 1, 2, 16, device=DEVICE).expand(2, 4, 2, 16)
     length = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    for other in (held, longer):
+    for state in ((held.contiguous(), held), (held.contiguous(), longer), (apart,) * 2, (one,) * 2):
         with pytest.raises(ValueError, match="state has the strides"):
-            attention_step_triton(q, q, q, (held.contiguous(), other), length, None)
+            attention_step_triton(q, q, q, state, length, None)
+        with pytest.raises(ValueError, match="state has the strides"):
+            attention_write_triton(q, q, state, length, length)
 
 
 @runs
 @pytest.mark.parametrize("window", [None, 4])
 def test_a_layer_goes_on_where_a_forward_pass_ended(window, monkeypatch) -> None:
-    """Whose state may be a part of a longer one; sums of some 30 terms in fp32."""
+    """Sums of some 30 terms in fp32."""
     spec = Attention.Spec(heads=4, kv_heads=2, window=window)
     layer = spec.build(32, True, 1e-6).to(DEVICE)
     x = torch.randn(3, 11, 32, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     with torch.no_grad():
         expected = layer(x)[0]
         _, state = layer(x[:, :6], layer.initial_state(3, x.device))
-        assert state["k"].is_contiguous() == (window is None)
+        assert state["k"].transpose(1, 2).is_contiguous()
         monkeypatch.setattr("glactl.kernels.attention.launches", lambda x: True)
         monkeypatch.setattr("glactl.kernels.attention.attention_step_reference", None)
         made = torch.stack([layer.step(x[:, t], state) for t in range(6, 11)], 1)
@@ -200,18 +228,77 @@ def test_a_layer_goes_on_where_a_forward_pass_ended(window, monkeypatch) -> None
 
 
 def test_shares_fill_the_chip() -> None:
-    assert _shares(63 * 16, 2048, 64) == _shares(264, 2048, 64) == 1
-    assert _shares(252, 2048, 64) == 2
-    assert _shares(16, 2048, 64) == 32
-    assert _shares(16, 65, 64) == 2  # two tiles
-    assert _shares(16, 64, 64) == 1
-    assert _shares(1, 10**6, 64) == 64
+    assert _shares(63 * 16, 2048, 64, 264) == _shares(264, 2048, 64, 264) == 1
+    assert _shares(252, 2048, 64, 264) == 2
+    assert _shares(16, 2048, 64, 264) == _shares(16, 2048, 64, 4224) == 32
+    assert _shares(1600, 2048, 64, 4224) == 4
+    assert _shares(16, 65, 64, 264) == 2  # two tiles
+    assert _shares(16, 64, 64, 264) == 1
+    assert _shares(1, 10**6, 64, 264) == 64
 
 
 def test_tiles_are_as_measured() -> None:
-    """2,048 numbers of narrow heads, 8,192 of wide ones, 4,096 where queries share keys."""
-    assert [_tile(1, wide) for wide in (16, 64, 128, 256)] == [128, 32, 64, 32]
+    assert [_tile(1, wide) for wide in (16, 64, 128, 256)] == [256, 64, 32, 16]
     assert [_tile(R, wide) for R, wide in ((2, 64), (4, 128), (4, 256))] == [64, 32, 16]
+
+
+WRITES = {  # N, L, H, D, rows of the tokens, those of 7 left out
+    "one": (1, 7, 2, 16, [[6]]),
+    "ragged": (3, 7, 2, 16, [[0, 1, 2], [], [5, 3]]),
+    "a window": (2, 7, 1, 24, [[7, 7, 2, 3], [7, 0]]),
+    "odd width": (2, 7, 3, 20, [[1], [0, 6]]),
+}
+
+
+def written(name: str, dtype: torch.dtype, held: torch.dtype, grad: bool = False) -> tuple:
+    """k and v as parts of wider rows, the state, and where each token goes."""
+    N, L, H, D, rows = WRITES[name]
+    g = torch.Generator().manual_seed(N + D)
+    sequence = torch.tensor([n for n, r in enumerate(rows) for _ in r], device=DEVICE)
+    row = torch.tensor([r for part in rows for r in part], device=DEVICE)
+    z = torch.randn(len(row), 2 * H * D + 8, generator=g).to(DEVICE, dtype).requires_grad_(grad)
+    k, v = (x.unflatten(1, (H, D)) for x in z[:, :-8].chunk(2, 1))
+    state = tuple(torch.randn(N, L, H, D, generator=g).to(DEVICE, held) for _ in range(2))
+    return z, k, v, state, sequence, row
+
+
+def check_write(write, name: str, dtype: torch.dtype, held: torch.dtype, layout=tuple) -> None:
+    """(7) token by token: the numbers themselves, rounded once."""
+    _, k, v, state, sequence, row = written(name, dtype, held)
+    expected = [x.clone() for x in state]
+    for i, (n, r) in enumerate(zip(sequence.tolist(), row.tolist(), strict=True)):
+        if r < state[0].shape[1]:
+            expected[0][n, r], expected[1][n, r] = k[i].to(held), v[i].to(held)  # (7)
+    state = layout(state)
+    write(k, v, state, sequence, row)
+    assert all(torch.equal(x, y) for x, y in zip(state, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", [tuple, heads_first], ids=["rows", "heads"])
+@pytest.mark.parametrize("name", WRITES)
+def test_tokens_are_written_by_the_definition(name: str, layout) -> None:
+    drops = name == "a window"
+    for both in ((torch.float64,) * 2, (torch.float64, torch.float32)):
+        check_write(lambda *a: attention_write_reference(*a, drops), name, *both, layout)
+
+
+@runs
+@pytest.mark.parametrize("layout", [tuple, heads_first], ids=["rows", "heads"])
+@pytest.mark.parametrize("name", WRITES)
+def test_the_kernel_writes_as_the_definition(name: str, layout) -> None:
+    for both in ((torch.float32,) * 2, (torch.float32, torch.float16)):
+        check_write(attention_write_triton, name, *both, layout)
+
+
+@pytest.mark.parametrize("name", ["ragged", "a window"])
+def test_gradients_go_through_what_is_written(name: str) -> None:
+    z, k, v, state, sequence, row = written(name, torch.float64, torch.float64, grad=True)
+    attention_write(k, v, state, sequence, row, drops=True)
+    (state[0].sum() + 2 * state[1].sum()).backward()
+    kept = (row < 7).double()[:, None]
+    half = (z.shape[1] - 8) // 2
+    expected = torch.cat([kept.expand(-1, half), 2 * kept.expand(-1, half)], 1)
+    assert torch.equal(z.grad[:, :-8], expected)
 
 
 GPU = {
@@ -230,7 +317,17 @@ GPU = {
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", [*CASES, *GPU])
 def test_gpu_matches_the_definition(name: str, dtype: torch.dtype, theta: float | None) -> None:
-    check(attention_step, (CASES | GPU)[name], dtype, theta)
+    for layout in (tuple, heads_first):
+        check(attention_step, (CASES | GPU)[name], dtype, theta, layout=layout)
+
+
+@pytest.mark.gpu
+@needs_cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("name", WRITES)
+def test_gpu_writes_as_the_definition(name: str, dtype: torch.dtype) -> None:
+    for layout in (tuple, heads_first):
+        check_write(attention_write, name, dtype, dtype, layout)
 
 
 @pytest.mark.gpu

@@ -148,16 +148,19 @@ for N in (1, 64):
     "attention": (
         "triton_attention,triton_rotary",
         """
-from glactl.kernels.triton_attention import attention_step_triton
+from glactl.kernels.attention import attention_room
+from glactl.kernels.triton_attention import attention_step_triton, attention_write_triton
 from glactl.kernels.triton_rotary import rotate_triton
 for N in (1, 80):
     for heads in (4, 16):
         new = lambda H: torch.empty(N, H, K, dtype=row)
-        state, p = [torch.empty(N, 1024, 4, K, dtype=row) for _ in "kv"], torch.zeros(N).long()
+        state = [attention_room(N, 1024, 4, K, row, "cpu") for _ in "kv"]
+        p = torch.zeros(N).long()
         attention_step_triton(new(heads), new(4), new(4), state, p, 1e4)
+        attention_write_triton(new(4), new(4), state, p, p)
 rotate_triton(q, torch.zeros(1, T).long(), 1e4)
 """,
-        "_step _merge _rotate",
+        "_step _merge _rotate _write",
     ),
     "scan": (
         "triton_scan_forward,triton_scan_backward",

@@ -40,13 +40,15 @@ def graphs(monkeypatch):
     return made
 
 
-def run(lm, prompts, limits, sampling, again=None, cut=1):
-    """The tokens of each row, of states in two parts."""
-    read = [prefill(lm, part) for part in (prompts[:cut], prompts[cut:])]
+def run(lm, prompts, limits, sampling, again=None, piece=3):
+    """The tokens of each row, read in pieces."""
+    need = max(map(len, prompts)) + max(limits)
+    room = None if again is None else again.room(len(prompts), need)
+    hidden, state = prefill(lm, prompts, piece, capacity=need, room=room)
+    assert room is None or state is room
     made = [[] for _ in prompts]
-    hidden, states = torch.cat([h for h, _ in read]), [state for _, state in read]
     sampler = Sampler(sampling, range(len(prompts)))
-    for step in decode(lm, hidden, states, limits, sampler, lambda *_: False, 20, again=again):
+    for step in decode(lm, hidden, state, limits, sampler, lambda *_: False, 20, again=again):
         for row, token in step:
             made[row].append(token)
     return made
@@ -64,9 +66,26 @@ def test_batches_are_what_they_are_alone(mixer, sampling, norm, graphs):
     for n, (prompts, limits) in enumerate(BATCHES):
         alone = run(lm, prompts, limits, sampling)
         before = len(graphs)
-        assert run(lm, prompts, limits, sampling, again, 1 + n % 2) == alone
+        assert run(lm, prompts, limits, sampling, again, 2 + 3 * (n % 2)) == alone
         fresh.append(len(graphs) > before)
     assert fresh == [True, True, False, True, False, True, True, True, False]
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gla", "abc", "mamba"])
+def test_what_a_room_held_is_not_read(mixer, graphs):
+    """Nor moved: the state lies where the captured steps have it."""
+    spec = LMSpec(d_model=16, n_layers=2, mixer=mixer, vocab_size=23, init_std=0.3, short_conv=3)
+    lm, again = build_lm(spec, 0, dtype=torch.float64).eval(), Again()
+    prompts, limits = BATCHES[0]
+    expected = run(lm, prompts, limits, GREEDY, again)
+    room = again.room(3, 19)
+    with torch.inference_mode():
+        for x in (x for layer in room.layers for x in layer.values()):
+            x.fill_(7)
+    assert run(lm, prompts, limits, GREEDY, again) == expected
+    places = [x.data_ptr() for layer in again.room(3, 19).layers for x in layer.values()]
+    assert places == [x.data_ptr() for layer in room.layers for x in layer.values()]
+    assert len(graphs) == 1
 
 
 def test_another_way_to_draw_is_another_capture(graphs):

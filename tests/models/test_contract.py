@@ -110,6 +110,37 @@ def test_a_text_may_be_cut_anywhere(lm, cut):
     same(torch.stack([*first.unbind(1), *stepped], 1), expected)
 
 
+@pytest.mark.parametrize("cut", [0, 1, 5, 13])
+@pytest.mark.parametrize("lengths", [[T], [4, 0, 9]], ids=str)
+def test_a_state_may_be_extended_where_it_is(lm, lengths, cut):
+    """`extend` is `forward` whose state stays in its place."""
+    tokens, N = draw(1, T), len(lengths)
+    cut_of = [min(cut, n) for n in lengths]
+    whole = torch.tensor([0, *lengths]).cumsum(0)
+    expected, after = read(lm, tokens, lm.initial_state(N), whole)
+    state = lm.initial_state(N, capacity=T + 2)
+    places = [x.data_ptr() for layer in state.layers for x in layer.values()]
+    found = torch.full_like(expected, torch.nan)
+    for first, last in (([0] * N, cut_of), (cut_of, lengths)):
+        parts = list(zip(whole.tolist(), first, last, strict=False))
+        index = torch.cat([torch.arange(n + a, n + b) for n, a, b in parts])
+        bounds = torch.tensor([0, *(b - a for _, a, b in parts)]).cumsum(0)
+        found[:, index] = lm.extend(tokens[:, index], state, bounds)
+    same(found, expected)
+    same_state(state, after)
+    assert state.longest >= max(lengths)
+    assert [x.data_ptr() for layer in state.layers for x in layer.values()] == places
+
+
+def test_a_state_without_room_grows_as_it_is_extended(lm):
+    tokens = draw(2, T)
+    expected, after = read(lm, tokens, lm.initial_state(2))
+    state = lm.initial_state(2)
+    found = [lm.extend(tokens[:, :4], state), lm.extend(tokens[:, 4:], state)]
+    same(torch.cat(found, 1), expected)
+    same_state(state, after)
+
+
 def test_every_parameter_gets_a_gradient(spec):
     lm = build_lm(spec, 0, dtype=torch.float64)
     hidden, _ = lm(draw(3, T))
