@@ -23,7 +23,8 @@ class Spread:
 class Row:
     """The best that a mixer of one width came to.
 
-    Of each seed the trial with the highest accuracy counts, one that was pruned as far as it came.
+    Of each seed the trial with the highest accuracy counts; one that was pruned as far as it came,
+    once those it was behind have ended.
     lr lists their learning rates (one, where the seeds agree); accuracy, steps and seconds are
     means over the seeds, lowest and highest the extreme accuracies. seconds_all is the time of
     every trial of the row. status: solved (each seed passed the goal), unsolved, failed (errors
@@ -71,6 +72,9 @@ def _row(group: list[Outcome]) -> Row:
             now = best.get(o.trial.seed)
             if now is None or _accuracy(o) > _accuracy(now):
                 best[o.trial.seed] = o
+    unended = {o.trial.seed for o in group if o.status == "missing"}
+    for seed in unended & {seed for seed, o in best.items() if o.status == "pruned"}:
+        del best[seed]
     errors = sum(o.status in ERRORS for o in group)
     seeds = {o.trial.seed for o in group}
     if not best:

@@ -56,6 +56,22 @@ def test_a_row_that_lacks_a_seed_is_not_solved(glactl):
     assert edge_warnings([row], [1e-2]) == []
 
 
+@pytest.mark.parametrize(
+    ("ended", "expected"),
+    [(None, ("not run", None)), (0.4, ("unsolved", 0.4)), ("failed", ("unsolved", 0.3))],
+)
+def test_a_pruned_trial_counts_once_those_ahead_of_it_have_ended(ended, expected, glactl):
+    behind, ahead = make_grid(mixers="gla", lrs="1e-3,1e-2").cells[0]
+    pruned = Result(behind.key, "pruned", 0.3, 1.0, 2, 2.0, pruned="0.1 behind lr 0.01 at step 2")
+    other = Outcome(ahead, "missing")
+    if ended == "failed":
+        other = Outcome(ahead, "failed", Result(ahead.key, "failed", None, None, 0, 0.0, "x"))
+    elif ended is not None:
+        other = Outcome(ahead, "done", Result(ahead.key, "done", ended, 1.0, 3, 3.0))
+    (row,) = summarise([Outcome(behind, "pruned", pruned), other])
+    assert (row.status, row.accuracy) == expected
+
+
 def test_every_file_names_its_sweep_and_the_report_needs_no_other(glactl, trained, tmp_path):
     trained.accuracies[1e-2] = 0.6
     glactl("--lrs", "1e-3,1e-2", "--seeds", "0,1", "--quiet")
