@@ -150,7 +150,11 @@ class Engine(ABC):
             ValueError: a limit that leaves no room for a prompt.
         """
         self.cut.clear()
-        kept = [replace(ask, ids=self._kept(i, ask.ids, ask.limit)) for i, ask in enumerate(asks)]
+        kept = list(asks)
+        for i, ask in enumerate(asks):
+            ids = self._kept(i, ask.ids, ask.limit)
+            if ids is not ask.ids:
+                kept[i] = replace(ask, ids=ids)
         groups: dict[Sampling, list[int]] = {}
         for i, ask in enumerate(kept):
             groups.setdefault(ask.sampling, []).append(i)

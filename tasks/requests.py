@@ -111,9 +111,9 @@ class Requests:
 
         With do_sample the n-th request of one kind draws the n-th text.
         """
-        settings: list[Any] = [
-            normalize_gen_kwargs(kwargs, DEFAULT_NEW_TOKENS) for _, kwargs in asked
-        ]
+        alike = {repr(kwargs): kwargs for _, kwargs in asked}
+        normal = {k: normalize_gen_kwargs(v, DEFAULT_NEW_TOKENS) for k, v in alike.items()}
+        settings: list[Any] = [normal[repr(kwargs)] for _, kwargs in asked]
         sampled = [_sampling(s) for s in settings]
         times: dict[str, int] = {}
         what = []
@@ -145,7 +145,8 @@ class Requests:
 
     def _keys(self, kind: str, asked: Sequence[Any], revisions: Sequence[str] | None) -> list[str]:
         of = [""] * len(asked) if revisions is None else revisions
-        return [request_key(r, kind, one) for r, one in zip(of, asked, strict=True)]
+        parts = [(one,) if isinstance(one, str) else one for one in asked]
+        return [request_key(r, kind, *one) for r, one in zip(of, parts, strict=True)]
 
     def _answered(
         self,

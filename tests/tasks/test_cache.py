@@ -73,6 +73,8 @@ def test_a_key_is_of_all_that_was_asked():
         for context, continuation in (("a", "b"), ("ab", ""), ("", "ab"))
     }
     assert len(keys) == 12
+    others = [("[1]",), ([1],), ("1",), (1,), ("1", ""), ("", "1"), ("t1:1",)]
+    assert len({request_key("", "generate", *asked) for asked in others}) == len(others)
     assert request_key("1", "rolling", {"b": 1, "a": 2}) == request_key(
         "1", "rolling", {"a": 2, "b": 1}
     )
@@ -158,7 +160,7 @@ def test_ranks_share_what_is_asked_and_all_know_the_answers(engine):
             missing = dict.fromkeys(seen, ([0.0, True], False, False))
             return missing | {key: value for part in made for key, value in part.items()}
 
-    seen = [request_key("", "loglikelihood", pair) for pair in PAIRS]
+    seen = [request_key("", "loglikelihood", *pair) for pair in PAIRS]
     Requests(engine, ranks=Half(1, 2)).loglikelihood(PAIRS)
     assert Requests(engine, ranks=Half(0, 2)).loglikelihood(PAIRS) == alone
     assert engine.asked == before + 3
