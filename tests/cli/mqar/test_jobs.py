@@ -173,25 +173,25 @@ def test_workers_end_when_their_sweep_is_killed(preset, tmp_path):
         "if __name__ == '__main__':\n"
         "    mqar_command(mixers='gla', lrs='1e-2,1e-3', device='cpu', jobs=2)\n"
     )
-    data = TINY | {"run": TINY["run"] | {"train": TINY["run"]["train"] | ENDLESS}}
+    endless = ENDLESS | {"valid_every": 10}  # after which a record tells that a trial has begun
+    data = TINY | {"run": TINY["run"] | {"train": TINY["run"]["train"] | endless}}
     (tmp_path / "sweep.py").write_text(code)
     command = [sys.executable, "sweep.py", json.dumps(data)]
     root = str(Path(sweep_jobs.__file__).parents[2])
     env = os.environ | {"PYTHONPATH": root}
     with subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL) as sweep:
-        claims = tmp_path / "sweeps" / "quick" / ".claims"
+        claims, kept = (tmp_path / "sweeps" / "quick" / name for name in (".claims", ".progress"))
         until = time.monotonic() + 90
-        while len(list(claims.glob("*"))) < 2:
+        while len(list(kept.glob("*.json"))) < 2:
             assert time.monotonic() < until
             assert sweep.poll() is None
             time.sleep(0.05)
-        time.sleep(1.0)
+        assert len(list(claims.glob("*"))) >= 2
         os.kill(sweep.pid, signal.SIGKILL)
     while claims.exists():
         assert time.monotonic() < until
         time.sleep(0.05)
-    states = list((tmp_path / "sweeps" / "quick" / ".progress").glob("*.pt"))
-    assert len(states) == 2
+    assert len(list(kept.glob("*.pt"))) == 2
 
 
 def test_what_is_shown_meanwhile(grid):
