@@ -8,7 +8,8 @@ A grid in a file is YAML with some of
     seeds: [0, 1]
     form: hybrid
     mixers: [gsa, gla]           # names of the preset's or kinds; or a mapping of a name to what it
-                                 # changes in the run spec: {wide: {model: {mixer: {kind: gsa}}}}
+                                 # changes in the run spec: {wide: {model: {mixer: {kind: gsa}}}};
+                                 # a change without a mixer is one to the mixer of that name
     run: {train: {steps: 100}}   # a part of a run spec, merged into the preset's
     lengths: {512: {...}}        # merged into the preset's
 
@@ -23,6 +24,7 @@ from typing import Any
 from glactl.spec_source import Place, SpecError, nearest, read_file
 
 KEYS = ("preset", "dims", "lrs", "seeds", "form", "mixers", "run", "lengths")
+SECTIONS = ("model", "data", "optim", "train")  # of a run spec
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,31 @@ def read_grid(path: Path | None) -> GridFile:
         if key not in KEYS:
             hint = nearest(str(key), [*KEYS])
             raise SpecError(f"{source.where((key,))}{key}; allowed: {', '.join(KEYS)}{hint}")
-    return GridFile(path.stem, source.data, source.places)
+    grid = GridFile(path.stem, source.data, source.places)
+    _check_part(grid, "run")
+    if _maps(source.data.get("mixers")):  # of a name alone, "gsa:", the value is None
+        named = source.data["mixers"].items()
+        source.data["mixers"] = {str(n): {} if v is None else v for n, v in named}
+    for key in ("mixers", "lengths"):
+        for name in source.data[key] if _maps(source.data.get(key)) else []:
+            _check_part(grid, key, name)
+    return grid
+
+
+def _check_part(grid: GridFile, *at: Any) -> None:
+    """Raise SpecError where what stands there, if anything, has not the form of a run spec."""
+    value: Any = grid.values
+    for key in at:
+        value = value.get(key, {})
+    inner = [((*at, key), value[key]) for key in SECTIONS if key in value] if _maps(value) else []
+    for place, part in [(at, value), *inner]:
+        if not _maps(part):
+            at = tuple(map(str, place))
+            raise SpecError(f"{grid.places[at]}: {'.'.join(at)} is {part!r}; allowed: a mapping")
+
+
+def _maps(value: Any) -> bool:
+    return isinstance(value, dict)
 
 
 def whole_numbers(name: str, text: str, least: int) -> list[int]:

@@ -19,7 +19,7 @@ from glactl.models.cost import lm_cost
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import KINDS
 from glactl.spec import RunSpec, check, spec_hash, with_vocab
-from glactl.spec_source import Place, Source, nearest, preset_names, preset_text
+from glactl.spec_source import Place, Source, SpecError, nearest, preset_names, preset_text
 from glactl.sweep.file import GridFile, learning_rates, names, read_grid, whole_numbers
 from glactl.tasks.mqar import MQARSpec
 
@@ -182,9 +182,12 @@ def make_grid(
 def _mixers(
     known: dict[str, dict[str, Any]], option: str | None, asked: GridFile
 ) -> dict[str, dict[str, Any]]:
-    """The mixers that were asked for, and what each changes."""
+    """The mixers that were asked for, and what each changes.
+
+    A change that says no mixer is one to the preset's of that name, or to the kind.
+    """
     if isinstance(asked.values.get("mixers"), dict):
-        known = known | asked.part("mixers")
+        known = known | {n: _change(known, asked, n) for n in asked.part("mixers")}
         written = "mixers", ",".join(asked.part("mixers"))
     else:
         written = asked.text("mixers") or ("mixers", ",".join(known))
@@ -193,6 +196,19 @@ def _mixers(
     if chosen == ["all"]:
         chosen = [*known, *(kind for kind in KINDS if kind not in known and kind != "conv")]
     return {n: known.get(n, {"model": {"mixer": n}}) for n in chosen}
+
+
+def _change(known: dict[str, dict[str, Any]], asked: GridFile, name: str) -> dict[str, Any]:
+    """What a grid's mixer changes. Raises SpecError where there is no telling which mixer it is."""
+    change = asked.part("mixers")[name]
+    if "mixer" in change.get("model", {}):
+        return change
+    if name in known or name in KINDS:
+        return _merged(known.get(name, {"model": {"mixer": name}}), change)
+    if "mixer" in asked.part("run").get("model", {}):
+        return change
+    place, hint = asked.places["mixers", name], nearest(name, [*known, *KINDS])
+    raise SpecError(f"{place}: mixers.{name} has no model.mixer and is no mixer's name{hint}")
 
 
 def slice_names(data: MQARSpec) -> list[str]:

@@ -63,6 +63,17 @@ def test_a_list_of_mixers_and_a_form(preset, write):
     assert [m.kind for m in grid.trials[-1].spec.model.mixers] == ["conv", "retnet"]
 
 
+def test_a_change_that_names_no_mixer_is_one_to_the_mixer_of_that_name(preset, write):
+    text = "mixers: {gla: {optim: {weight_decay: 0.5}}, retnet: , mine: {model: {mixer: abc}}}"
+    trials = make_grid(file=write(f"dims: [16]\nlrs: [1e-3]\n{text}")).trials
+    assert [t.spec.model.mixers[0].kind for t in trials] == ["gla", "retnet", "abc"]
+    plain = make_grid(file=write("mixers: [gla]"), dims="16", lrs="1e-3").trials[0].spec
+    assert trials[0].spec.model == plain.model  # with what the preset says of it
+    assert (trials[0].spec.optim.weight_decay, plain.optim.weight_decay) == (0.5, 0.01)
+    text = "run: {model: {mixer: hgrn2}}\nmixers: {mine: {optim: {weight_decay: 0.5}}}"
+    assert make_grid(file=write(text)).trials[0].spec.model.mixers[0].kind == "hgrn2"
+
+
 def test_the_preset_is_the_files(write):
     grid = make_grid(file=write("preset: zoology\ndims: [64]"))
     assert grid.dims == [64]
@@ -86,6 +97,11 @@ def test_the_command_names_its_folder_by_the_file(glactl, trained, write, tmp_pa
         ("form: hybird", "{}:1: form is 'hybird'; allowed: identity, hybrid; did you mean hybrid?"),
         ("preset: gsaa", "--preset is 'gsaa'"),
         ("run: 3", "{}:1: run is 3; allowed: a mapping"),
+        ("run: {data: 3}", "{}:1: run.data is 3; allowed: a mapping"),
+        ("lengths: {16: 3}", "{}:1: lengths.16 is 3; allowed: a mapping"),
+        ("lengths: {16: {optim: []}}", "{}:1: lengths.16.optim is []; allowed: a mapping"),
+        ("mixers:\n  gla: 0", "{}:2: mixers.gla is 0; allowed: a mapping"),
+        ("mixers: {gsaa: {}}", "{}:1: mixers.gsaa has no model.mixer and is no mixer's name; did"),
         ("run:\n  train:\n    step: 3", "{}:3: train.step"),
         ("run: {data: {pairs: 3}}", "{}:1: data: pairs 3 do not fit"),
         ("mixers: [gla, gsaa]", "--mixers gsaa: model.mixer.kind is 'gsaa'"),
