@@ -117,13 +117,14 @@ class LMEngine(Engine):
 
     def _shared(self, groups: Sequence[tuple[list[Pair], int]]) -> tuple[list[float], list[bool]]:
         """Losses of groups of rows whose first tokens, so many of each, are the same."""
-        tokens, ends = self._packed([_input(pairs[0])[:shared] for pairs, shared in groups])
-        _, state = self.lm.forward(tokens, self.lm.initial_state(len(groups)), cu_seqlens=ends)
+        rows = [(pair, shared) for pairs, shared in groups for pair in pairs]
+        need = max(len(_input(pair)) for pair, _ in rows)
+        beginnings = [_input(pairs[0])[:shared] for pairs, shared in groups]
+        _, state = prefill(self.lm, beginnings, self._tokens.size, capacity=need)
         copies = torch.tensor([i for i, (pairs, _) in enumerate(groups) for _ in pairs])
         state = take(state, to_device(copies, self.lm.device))
-        rows = [(pair, shared) for pairs, shared in groups for pair in pairs]
         tokens, ends = self._packed([_input(pair)[shared:] for pair, shared in rows])
-        hidden, _ = self.lm.forward(tokens, state, cu_seqlens=ends)
+        hidden = self.lm.extend(tokens, state, ends)
         return self._losses(hidden[0], [t for row in rows for t in _targets(*row)])
 
     def _nats(self, texts: Sequence[list[int]], keep: Callable[[int, list[float]], None]) -> None:
@@ -138,12 +139,12 @@ class LMEngine(Engine):
     @torch.inference_mode()
     def _pieces(self, ids: list[int], targets: list[int]) -> tuple[list[float], list[bool]]:
         """Losses of one row, read with the memory of one piece."""
-        size, state = self._tokens.size, self.lm.initial_state(1)
+        size, state = self._tokens.size, self.lm.initial_state(1, capacity=len(ids))
         nats: list[float] = []
         correct: list[bool] = []
         for at in range(0, len(ids), size):
             tokens, _ = self._packed([ids[at : at + size]])
-            hidden, state = self.lm.forward(tokens, state)
+            hidden = self.lm.extend(tokens, state)
             found = self._losses(hidden[0], targets[at : at + size])
             nats += found[0]
             correct += found[1]

@@ -43,15 +43,17 @@ def reads(monkeypatch):
     sizes = []
 
     def watch(lm, limit=None):
-        whole = lm.forward
+        def watched(whole):
+            def read(tokens, *args, **kwargs):
+                sizes.append(tokens.numel())
+                if limit is not None and tokens.numel() > limit:
+                    raise torch.OutOfMemoryError("too many tokens")
+                return whole(tokens, *args, **kwargs)
 
-        def forward(tokens, *args, **kwargs):
-            sizes.append(tokens.numel())
-            if limit is not None and tokens.numel() > limit:
-                raise torch.OutOfMemoryError("too many tokens")
-            return whole(tokens, *args, **kwargs)
+            return read
 
-        monkeypatch.setattr(lm, "forward", forward)
+        for way in ("forward", "extend"):
+            monkeypatch.setattr(lm, way, watched(getattr(lm, way)))
         return sizes
 
     return watch
