@@ -108,10 +108,12 @@ class GSA(nn.Module):
 
     def initial_state(self, N: int, device: torch.device, capacity: int = 0) -> State:
         """The state of N sequences that have not begun."""
-        k = torch.zeros(
-            N, self.groups, self.D, self.slots, device=device, dtype=wide(self.q.weight.dtype)
-        )
-        return {"k": k, "v": torch.zeros_like(k.mT)}
+        sizes = {"k": (self.D, self.slots), "v": (self.slots, self.D)}
+        dtype = wide(self.q.weight.dtype)
+        return {
+            name: torch.zeros(N, self.groups, *size, device=device, dtype=dtype)
+            for name, size in sizes.items()
+        }
 
     def forward(
         self,

@@ -193,6 +193,13 @@ def test_a_state_of_one_size(lm, spec):
         assert len(set(sizes)) == 1
 
 
+def test_a_state_lies_in_one_piece_for_the_steps_kernels(lm):
+    """As it begins, and so after `extend`; attention's keys and values lie head by head."""
+    for layer in lm.initial_state(2, capacity=3).layers:
+        for part in layer.values():
+            assert part.is_contiguous() or part.transpose(1, 2).is_contiguous()
+
+
 def packed(lengths):
     bounds = torch.tensor([0, *lengths]).cumsum(0)
     return [draw(1, n, seed=i) for i, n in enumerate(lengths)], bounds
