@@ -1,5 +1,5 @@
-r"""Softmax attention of one token, for decoding: a step of each of N sequences; and how a state is
-written.
+r"""Softmax attention of one token, for decoding: a step of each of N sequences; how a state is
+written; and attention of packed sequences, for reading.
 
 A sequence that has read p tokens holds keys K_s and values V_s in rows s of a state of L rows, and
 its new token has q, k and v. theta is the base of the rotation, D the width of a head:
@@ -13,6 +13,12 @@ Tokens i of many places at once, k_i after (1), of sequence n_i and in row r_i, 
 
     K_{n_i, r_i} = k_i,  V_{n_i, r_i} = v_i                                                  (7)
 
+Sequences laid end to end, n with the keys r_n to r_{n+1} and, of as many of its last tokens, the
+queries b_n to b_{n+1}:
+
+    o_{b_n + i} = sum_j softmax_j(q_{b_n + i} K_{r_n + j}^T / sqrt(D)) V_{r_n + j}
+                  over j <= i + (r_{n+1} - r_n) - (b_{n+1} - b_n)                            (8)
+
 (5) and (6) are in triton_attention.py. a and b are the two halves of a head. A state with room for
 all tokens has token s in row s; one of L rows that are written over is a window of L tokens. Rows
 from min(p + 1, L) on are never read.
@@ -21,6 +27,8 @@ Sources: (1) Su et al. 2021, arXiv:2104.09864, in the two-halves order of LLaMA;
 than of queries: Ainslie et al. 2023, arXiv:2305.13245.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,6 +36,7 @@ from torch import Tensor
 from glactl.kernels.backend import launches
 
 WIDEST = 256  # D of the Triton kernels
+PACKED = (torch.bfloat16, torch.float16), (64,)  # types and D in which (8) was measured faster
 State = tuple[Tensor, Tensor]  # keys and values
 
 
@@ -83,6 +92,55 @@ def attention_write_reference(
             held.copy_(wide[:, :-1])
         else:
             held.index_put_((sequence, row), new)  # (7)
+
+
+def packs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether `attention_packed` may stand for torch's kernels: without gradients, and in the types
+    and widths in which it is faster."""
+    grad = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    types, widths = PACKED
+    alike = q.dtype == k.dtype == v.dtype
+    return launches(q) and not grad and alike and q.dtype in types and q.shape[2] in widths
+
+
+@torch.no_grad()
+def attention_packed(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, rows: Tensor, most: int
+) -> Tensor:
+    """(8) without gradients.
+
+    Args:
+        q: (M, HQ, D); tokens may lie apart, as in k and v. D of the Triton kernel: a power of two,
+            16 to 128.
+        k, v: (MK, H, D); H divides HQ.
+        bounds: b, (N + 1,) int32, from 0 to M.
+        rows: r, (N + 1,) int32, each sequence with as many as in bounds or more.
+        most: at least the queries of any sequence.
+
+    Returns:
+        o: (M, HQ, D) in q's dtype.
+
+    Cost: on a CUDA device one launch, and nothing waits for it; else a loop over the sequences, for
+    which its bounds are looked up.
+    """
+    if launches(q):
+        from glactl.kernels.triton_packed import attention_packed_triton
+
+        return attention_packed_triton(q, k, v, bounds, rows, most)
+    return attention_packed_reference(q, k, v, bounds, rows)
+
+
+def attention_packed_reference(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, rows: Tensor
+) -> Tensor:
+    """(8), sequence by sequence; arguments and result as of `attention_packed`."""
+    o, shared = torch.empty_like(q), q.shape[1] // k.shape[1]
+    for (a, b), (c, d) in zip(pairwise(bounds.tolist()), pairwise(rows.tolist()), strict=True):
+        keys, values = (x[c:d].repeat_interleave(shared, 1).transpose(0, 1) for x in (k, v))
+        z = q[a:b].transpose(0, 1) @ keys.mT * q.shape[2] ** -0.5
+        seen = torch.ones(b - a, d - c, device=q.device, dtype=torch.bool).tril((d - c) - (b - a))
+        o[a:b] = (z.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1)  # (8)
+    return o
 
 
 @torch.no_grad()

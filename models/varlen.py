@@ -6,7 +6,8 @@ and of the new ones. Laid end to end, its keys begin at row F_n = sum_{m < n} (c
     key j of the past, j < c_n, is row F_n + j      new key i, i < len_n, is row F_n + c_n + i  (1)
     query i sees the rows F_n + j with j <= c_n + i and j > c_n + i - window                     (2)
 
-(2) is the causal mask aligned to the last key. Two of torch's kernels have it: flash attention
+(2) is the causal mask aligned to the last key. Without gradients and a window, in types and widths
+where it is faster, `attention_packed` has it. Two of torch's kernels have it too: flash attention
 (bf16 and fp16, widths that are multiples of 8 up to 256) and, without a window, the
 memory-efficient one (fp32 and all else; its windows are others, H100, torch 2.11). They are called
 as operators of aten, as scaled_dot_product_attention and nested tensors do, because only so both
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from glactl.kernels.attention import attention_packed, packs
 from glactl.models.layers import Layout
 
 FLASH_WIDEST = 256  # width of a head
@@ -99,6 +101,8 @@ def _kernel(
     window: int | None,
 ) -> Tensor:
     """(2), for bounds (N + 1,) int32 of at most `most` queries and rows of `longest` keys each."""
+    if window is None and packs(q, k, v):
+        return attention_packed(q, k, v, bounds, rows, most)
     if _flash(q):
         left = None if window is None else window - 1
         flash = torch.ops.aten._flash_attention_forward

@@ -146,9 +146,10 @@ for N in (1, 64):
         "_one _prepare _pair _take",
     ),
     "attention": (
-        "triton_attention,triton_rotary",
+        "triton_attention,triton_rotary,triton_packed",
         """
 from glactl.kernels.attention import attention_room
+from glactl.kernels.triton_packed import attention_packed_triton
 from glactl.kernels.triton_attention import attention_step_triton, attention_write_triton
 from glactl.kernels.triton_rotary import rotate_triton
 for N in (1, 80):
@@ -159,8 +160,11 @@ for N in (1, 80):
         attention_step_triton(new(heads), new(4), new(4), state, p, 1e4)
         attention_write_triton(new(4), new(4), state, p, p)
 rotate_triton(q, torch.zeros(1, T).long(), 1e4)
+bounds, new = torch.zeros(9).int(), lambda H: torch.empty(T, H, 64, dtype=row)
+for heads in (4, 16):
+    attention_packed_triton(new(heads), new(4), new(4), bounds, bounds, 2048)
 """,
-        "_step _merge _rotate _write",
+        "_step _merge _rotate _write _packed",
     ),
     "scan": (
         "triton_scan_forward,triton_scan_backward",
