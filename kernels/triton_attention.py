@@ -25,13 +25,15 @@ ones, and `_merge` adds up what (5) leaves of each:
 A state may lie in memory in any way that has the entries of a row of a head side by side, alike in
 both parts. A head's rows one after another, as `attention_room` makes it, are faster to read than
 the heads of a row side by side: at 100 sequences of 2,000 tokens, 16 heads of 64, 294 us against
-318, at 63 190 against 224, of eight heads of 128 204 against 221, one sequence 7.6 against 9.3.
+318, at 63 190 against 224, of eight heads of 128 204 against 221, one sequence 7.6 against 9.3, all
+in tiles of 4,096 numbers and up to 4,224 programs. 200 sequences with 2,000 of 2,049 rows: 645 us so
+and 650 in one share; in tiles of 2,048 591 and 562, of 8,192 671 and 622, of 16,384 1,611 and more.
 
 (4) is done by `_merge`, or by a launch of torch where there is none: all programs read p. They wait
 before they read anything; all launches may be early ones (triton_rows.py).
 
-Floor, an H100: the rows that count, 4 D H bytes each in bf16, over 3.02 TB/s. 100 sequences of
-2,000 tokens, 16 heads of 64: 819 MB, 271 us; measured 294, 2.79 TB/s. One sequence, 8.2 MB: 2.7 us;
+Floor, an H100: the rows that count, 4 D H bytes each in bf16, over 3.02 TB/s. 200 sequences of
+2,000 tokens, 16 heads of 64: 1.64 GB, 542 us; measured 562, 2.91 TB/s. One sequence: 2.7 us;
 measured 7.6 in two launches.
 
 `_write` is (7) of some tokens and one head, read and written once.
@@ -52,7 +54,7 @@ from glactl.kernels.triton_rotary import circle, per_place
 from glactl.kernels.triton_rows import launch_options
 from glactl.kernels.triton_step import rows_apart
 
-PROGRAMS = 4224  # 32 a multiprocessor of an H100, so that few wait for the last
+PROGRAMS = 2048  # some three waves of an H100's, so that few wait for the last
 SHARES = 64  # of a sequence and head at most, which `_merge` reads at once
 LOW = tl.constexpr(-1e38)  # below any score; 2^(LOW - LOW) is no NaN
 
@@ -201,9 +203,8 @@ def _write(
 
 
 def _tile(R: int, wide: int) -> int:
-    """TB for R queries to a head of keys, of D padded to `wide`: a tile of 4,096 numbers, as was
-    fastest of 1,024 to 8,192 by one to eight warps over several numbers of sequences."""
-    return max(16, 4096 // wide)
+    """TB for R queries to a head of keys, of D padded to `wide`."""
+    return max(16, (2048 if R == 1 else 4096) // wide)
 
 
 def _shares(heads: int, L: int, rows: int, programs: int) -> int:
@@ -273,7 +274,7 @@ def attention_write_triton(
     """`attention_write` on a CUDA device, without gradients; arguments are its."""
     M, H, D = k.shape
     strides, wide = _strides(*state), max(16, triton.next_power_of_2(D))
-    k, v, rows = rows_apart(k), rows_apart(v), _tile(1, wide)
+    k, v, rows = rows_apart(k), rows_apart(v), max(16, 4096 // wide)
     _write[(triton.cdiv(M, rows), H)](
         k, v, *state, sequence.contiguous(), row.contiguous(), M, state[0].shape[1], *strides,
         k.stride(0), v.stride(0), D=D, DP=wide, TB=rows, num_warps=4,
