@@ -26,8 +26,8 @@ A state may lie in memory in any way that has the entries of a row of a head sid
 both parts. A head's rows one after another, as `attention_room` makes it, are faster to read than
 the heads of a row side by side: at 100 sequences of 2,000 tokens, 16 heads of 64, 294 us against
 318, at 63 190 against 224, of eight heads of 128 204 against 221, one sequence 7.6 against 9.3, all
-in tiles of 4,096 numbers and up to 4,224 programs. 200 sequences with 2,000 of 2,049 rows: 645 us so
-and 650 in one share; in tiles of 2,048 591 and 562, of 8,192 671 and 622, of 16,384 1,611 and more.
+in tiles of 4,096 numbers and up to 4,224 programs. 200 sequences with 2,000 of 2,049 rows: 645 us
+so and 650 in one share; in tiles of 2,048 591 and 562, of 8,192 671 and 622, of 16,384 over 1,600.
 
 (4) is done by `_merge`, or by a launch of torch where there is none: all programs read p. They wait
 before they read anything; all launches may be early ones (triton_rows.py).

@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from glactl.kernels.triton_step import rows_apart
+
 TILE = 2048  # numbers of a program's tile, 16 a thread
 
 
@@ -52,16 +54,18 @@ def circle(turns):
 
 @triton.jit
 def _rotate(
-    x, place, y, step, sign, rows, H, HALF: tl.constexpr, HP: tl.constexpr, R: tl.constexpr
+    x, place, y, step, sign, rows, H, apart, HALF: tl.constexpr, HP: tl.constexpr, R: tl.constexpr
 ):  # fmt: skip
-    """(1) of R rows, H to a place, or (2) where sign is -1; HP is HALF up to a power of two."""
+    """(1) of R rows, H to a place, or (2) where sign is -1; HP is HALF up to a power of two, and
+    places of x lie `apart`."""
     i = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     j = tl.arange(0, HP)
     inside = (i < rows)[:, None] & (j < HALF)[None, :]
     at = i[:, None] * (2 * HALF) + j[None, :]
+    there = (i // H * apart + i % H * (2 * HALF))[:, None] + j[None, :]
     p = tl.load(place + i // H, mask=i < rows, other=0).to(tl.float32)
-    a = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    b = tl.load(x + at + HALF, mask=inside, other=0.0).to(tl.float32)
+    a = tl.load(x + there, mask=inside, other=0.0).to(tl.float32)
+    b = tl.load(x + there + HALF, mask=inside, other=0.0).to(tl.float32)
     cos, sin = circle(p[:, None] * per_place(j, step)[None, :])
     sin *= sign
     tl.store(y + at, (a * cos - b * sin).to(y.dtype.element_ty), mask=inside)
@@ -69,7 +73,7 @@ def _rotate(
 
 
 class _Rotate(torch.autograd.Function):
-    """(1) of a contiguous x, with a place for each of its rows of heads."""
+    """(1) of an x with a place for each of its rows of heads."""
 
     @staticmethod
     def forward(ctx, x, place, theta):
@@ -81,23 +85,26 @@ class _Rotate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         (place,) = ctx.saved_tensors
-        return _rotated(dy.contiguous(), place, ctx.theta, -1.0), None, None  # (2)
+        return _rotated(dy, place, ctx.theta, -1.0), None, None  # (2)
 
 
 def _rotated(x, place, theta, sign):
     """(1), or (2) where sign is -1."""
     H, D = x.shape[-2:]
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x = rows_apart(x.reshape(-1, H, D))
     wide = triton.next_power_of_2(D // 2)
-    R, rows, y = max(1, TILE // (2 * wide)), x.numel() // D, torch.empty_like(x)
+    R, rows = max(1, TILE // (2 * wide)), x.numel() // D
     _rotate[(triton.cdiv(rows, R),)](
-        x, place, y, 2 * math.log2(theta) / D, sign, rows, H, HALF=D // 2, HP=wide, R=R, num_warps=4
-    )
+        x, place, y, 2 * math.log2(theta) / D, sign, rows, H, x.stride(0),
+        HALF=D // 2, HP=wide, R=R, num_warps=4,
+    )  # fmt: skip
     return y
 
 
 def rotate_triton(x: Tensor, place: Tensor, theta: float) -> Tensor:
     """(1) of x (..., H, D), D even, at places (...) int64, in x's dtype, not empty; differentiable
-    in x, and nothing waits for it."""
+    in x, and nothing waits for it. Places may lie apart in x; otherwise it is copied first."""
     place = place.expand(x.shape[:-2]).contiguous()
-    y: Tensor = _Rotate.apply(x.contiguous(), place, float(theta))
+    y: Tensor = _Rotate.apply(x, place, float(theta))
     return y

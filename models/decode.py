@@ -13,14 +13,25 @@ it is.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
+from glactl.models.joined import Joined
 from glactl.models.layers import end_to_end, to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler
-from glactl.models.steps import BLOCK, Again, Stepper, begin_anew, reserve, rows_of, take
+from glactl.models.steps import (
+    BLOCK,
+    Again,
+    Stepper,
+    begin_anew,
+    captures,
+    reserve,
+    rows_of,
+    take,
+)
 
 PIECE = 8192  # tokens of prompts that are read at once
 
@@ -72,15 +83,16 @@ def prefill(
         begin_anew(lm, state)
     else:
         state = lm.initial_state(N, capacity=capacity)
-    for first, part, done in _pieces(prompts, piece):
-        some = rows_of(state, first, first + len(part))
-        some.longest = before + done
-        tokens, bounds = end_to_end(part)
-        asked = to_device(bounds[1:] - 1, device)
-        cu_seqlens = bounds if len(part) > 1 else None  # one row needs no bounds
-        read = lm.extend(to_device(tokens[None], device), some, cu_seqlens, asked)
-        hidden = read.new_zeros(N, read.shape[-1]) if hidden is None else hidden
-        hidden[first : first + len(part)] = read
+    with Joined(lm) if captures(device) else nullcontext():  # as captured steps have it
+        for first, part, done in _pieces(prompts, piece):
+            some = rows_of(state, first, first + len(part))
+            some.longest = before + done
+            tokens, bounds = end_to_end(part)
+            asked = to_device(bounds[1:] - 1, device)
+            cu_seqlens = bounds if len(part) > 1 else None  # one row needs no bounds
+            read = lm.extend(to_device(tokens[None], device), some, cu_seqlens, asked)
+            hidden = read.new_zeros(N, read.shape[-1]) if hidden is None else hidden
+            hidden[first : first + len(part)] = read
     assert hidden is not None
     state.longest = before + max(map(len, prompts))
     return hidden, state

@@ -1,4 +1,4 @@
-"""Products of one input with several matrices as one product, for steps of a few sequences.
+"""Products of one input with several matrices as one product, for steps and prompts on a GPU.
 
     y_i = W_i x, i = 1 .. n        (y_1, .., y_n) = (W_1; ..; W_n) x                   (1)
 

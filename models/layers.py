@@ -294,6 +294,18 @@ class ShortConv(nn.Module):
         return Cost(width * d, 2.0 * width * d, 2.0 * d, FP32 * (width - 1) * d)
 
 
+def product_onto(h: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:
+    """h + W x of a layer without a bias, h (..., d); without gradients.
+
+    One launch, in which h is written over, where all are of one type.
+    """
+    same = h.dtype == x.dtype == layer.weight.dtype and h.is_contiguous()
+    if not same or torch.is_autocast_enabled(h.device.type):
+        return h + layer(x)
+    h.view(-1, h.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), layer.weight.T)
+    return h
+
+
 class GLU(nn.Module):
     """The channel mixer (5), without biases."""
 
@@ -306,15 +318,21 @@ class GLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., d) -> (..., d)."""
+        y: Tensor = self.down(self._inner(x))  # (5)
+        return y
+
+    def onto(self, h: Tensor, x: Tensor) -> Tensor:
+        """h + (5) of x, as of `product_onto`."""
+        return product_onto(h, self._inner(x), self.down)
+
+    def _inner(self, x: Tensor) -> Tensor:
         gate, up = self.gate(x), self.up(x)
         if self.act is F.silu and launches(gate):
             from glactl.kernels.triton_edges import glu_triton
 
-            inner = glu_triton(gate, up)
-        else:
-            inner = self.act(gate) * up
-        y: Tensor = self.down(inner)  # (5)
-        return y
+            return glu_triton(gate, up)
+        inner: Tensor = self.act(gate) * up
+        return inner
 
     def together(self) -> list[nn.Linear]:
         """Products of the same input; see `glactl.models.joined`."""

@@ -88,16 +88,17 @@ class Block(nn.Module):
         if self.conv is not None:
             x, conv = self.conv(x, state, cu_seqlens)
             after |= conv or {}
-        extend = None if before is None else getattr(self.mixer, "extend", None)
-        if extend is not None:
-            y = extend(x, state, cu_seqlens, before, longest)
+        extends = None if before is None else getattr(self.mixer, "extend", None)
+        if extends is not None:
+            h = extends(h, x, state, cu_seqlens, before, longest)
         else:
             more = () if shared is None else (shared,)
             y, mixed = self.mixer(x, state, cu_seqlens, longest, *more)
             after |= mixed or {}
+            h = h + self.dropout(y)
         if asked is not None:
-            h, y = (x.flatten(0, 1).index_select(0, asked) for x in (h, y))
-        h = self._channels(h + self.dropout(y))
+            h = h.flatten(0, 1).index_select(0, asked)
+        h = self._channels(h, before is not None)
         if state is None:
             return h, None
         if before is None:
@@ -119,9 +120,12 @@ class Block(nn.Module):
         more = () if shared is None else (shared,)
         return self._channels(h + self.dropout(self.mixer.step(x, state, longest, *more)))
 
-    def _channels(self, h: Tensor) -> Tensor:
+    def _channels(self, h: Tensor, over: bool = False) -> Tensor:
+        """over: it is read without gradients, and h may be written over."""
         if self.ffn is None or self.ffn_norm is None:
             return h
+        if over:
+            return self.ffn.onto(h, self.ffn_norm(h))
         if isinstance(self.ffn_norm, RMSNorm) and h.ndim == 2:
             made = self.ffn.joined_step(h, self.ffn_norm)
             if made is not None:
@@ -218,7 +222,8 @@ class LM(nn.Module):
         self, tokens: Tensor, state: LMState, cu_seqlens: Tensor | None = None,
         asked: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """`forward` without gradients that updates `state` in place; returns hidden.
+        """`forward` in evaluation mode and without gradients that updates `state` in place; returns
+        hidden.
 
         Where the state has the capacity for all tokens, what it is made of stays where it is.
         """

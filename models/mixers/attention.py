@@ -46,6 +46,7 @@ from glactl.models.layers import (
     State,
     layout,
     linear_cost,
+    product_onto,
     rotate,
 )
 from glactl.models.mixers import base
@@ -144,7 +145,8 @@ class Attention(nn.Module):
         place = at.place if state is None else at.place + state["length"][at.sequence]
         if longest is None:
             longest = _largest(at.length if state is None else at.length + state["length"])
-        y, k, v = self._mix(x, state, cu_seqlens, at, place, longest)
+        o, k, v = self._mix(x, state, cu_seqlens, at, place, longest)
+        y: Tensor = self.out(o)  # (3)
         if state is None:
             return y, None
         after = {"length": state["length"] + at.length}
@@ -155,21 +157,23 @@ class Attention(nn.Module):
 
     @torch.no_grad()
     def extend(
-        self, x: Tensor, state: State, cu_seqlens: Tensor | None, before: int, longest: int
-    ) -> Tensor:
-        """`forward` without gradients that updates `state` in place and returns y.
+        self, h: Tensor, x: Tensor, state: State, cu_seqlens: Tensor | None, before: int,
+        longest: int,
+    ) -> Tensor:  # fmt: skip
+        """`forward` without gradients that updates `state` in place; returns h + y, which may be
+        where h was.
 
         before: as longest, but before this call; 0: no sequence of the state has begun, and nothing
         of it is read. A state without a window that is too small is copied once.
         """
         at = layout(x.shape[0], x.shape[1], cu_seqlens, x.device)
         place = at.place if before == 0 else at.place + state["length"][at.sequence]
-        y, k, v = self._mix(x, state if before else None, cu_seqlens, at, place, longest)
+        o, k, v = self._mix(x, state if before else None, cu_seqlens, at, place, longest)
         for name in ("k", "v") if self.window is None and longest > state["k"].shape[1] else ():
             state[name] = attention_more_room(state[name], longest)
         state["length"] += at.length
         self._write(state, k, v, at, place)
-        return y
+        return product_onto(h, o, self.out)  # (3)
 
     def _mix(
         self,
@@ -180,7 +184,7 @@ class Attention(nn.Module):
         place: Tensor,
         longest: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """y, and the keys and values of the new tokens, (B, T, kv_heads, D)."""
+        """o (B, T, d), and the keys and values of the new tokens, (B, T, kv_heads, D)."""
         q, k, v = self._project(x, place.view(x.shape[:2]))
         if cu_seqlens is None:
             o = self._attend(q, k, v, self._past(state, None, longest - x.shape[1]))
@@ -189,8 +193,7 @@ class Attention(nn.Module):
         else:
             past = self._past(state, None, longest)
             o = varlen(q[0], k[0], v[0], past, at, longest, self.window)[None]  # (2)
-        y: Tensor = self.out(o.flatten(-2))  # (3)
-        return y, k, v
+        return o.flatten(-2), k, v
 
     def step(self, x: Tensor, state: State, longest: int | None = None) -> Tensor:
         """One token a sequence, (N, d) -> (N, d); `state` is updated in place, without gradients.
@@ -234,7 +237,12 @@ class Attention(nn.Module):
 
     def _project(self, x: Tensor, place: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (..., heads, D), k and v (..., kv_heads, D), at places (...)."""
-        q, k, v = (part(x).unflatten(-1, (-1, self.D)) for part in self.together())
+        matrix, together = whole(self.q), self.together()
+        if matrix is None:
+            parts = [layer(x) for layer in together]
+        else:
+            parts = F.linear(x, matrix).split([layer.out_features for layer in together], -1)
+        q, k, v = (part.unflatten(-1, (-1, self.D)) for part in parts)
         if self.theta is not None:
             q, k = rotate(q, place, self.theta), rotate(k, place, self.theta)  # (1)
         return q, k, v

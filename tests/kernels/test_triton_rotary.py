@@ -62,6 +62,20 @@ def test_bases(theta) -> None:
     check((9, 2, 16), 40, theta, torch.float32)
 
 
+def test_places_that_lie_apart_are_read_where_they_are() -> None:
+    """As parts of the rows of a joined product, and both ways."""
+    z, place, dz = inputs((2, 7, 5, 8), 50, torch.float32)
+    places = place.expand(2, 7)
+    parts = [x.flatten(2)[..., 8:32].unflatten(2, (3, 8)) for x in (z, dz)]
+    made = []
+    for x, dy in (parts, [x.contiguous() for x in parts]):
+        x = x.detach().requires_grad_()
+        y = rotate_triton(x, places, 100.0)
+        assert y.is_contiguous()
+        made.append((y.detach(), *torch.autograd.grad(y, x, dy)))
+    assert all(torch.equal(a, b) for a, b in zip(*made, strict=True))
+
+
 def test_a_rotation_back_is_none() -> None:
     x, place, _ = inputs((40, 2, 16), 1000, torch.float32)
     x.requires_grad_()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from glactl.models.joined import Joined
 from glactl.models.lm import build_lm
 from glactl.models.losses import token_losses
 
@@ -138,6 +139,16 @@ def test_a_state_without_room_grows_as_it_is_extended(lm):
     state = lm.initial_state(2)
     found = [lm.extend(tokens[:, :4], state), lm.extend(tokens[:, 4:], state)]
     same(torch.cat(found, 1), expected)
+    same_state(state, after)
+
+
+def test_joined_products_read_the_same(lm):
+    tokens = draw(2, T)
+    expected, after = read(lm, tokens, lm.initial_state(2))
+    state = lm.initial_state(2, capacity=T)
+    with Joined(lm):
+        found = lm.extend(tokens, state)
+    same(found, expected)
     same_state(state, after)
 
 
