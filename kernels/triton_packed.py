@@ -48,11 +48,11 @@ def _tiles(
             V = tl.load(values + to_v, mask=inside, other=0.0)
         else:
             K, V = tl.load(keys + to_k), tl.load(values + to_v)
-        z = tl.dot(Q, tl.trans(K), input_precision="ieee") * scale
+        z = tl.dot(Q, tl.trans(K), input_precision="ieee")
         if MASKED:
             z = tl.where(row[None, :] <= i[:, None], z, LOW)
-        top = tl.maximum(m, tl.max(z, 1))
-        p, less = tl.exp2(z - top[:, None]), tl.exp2(m - top)  # (1)
+        top = tl.maximum(m, tl.max(z, 1) * scale)
+        p, less = tl.exp2(z * scale - top[:, None]), tl.exp2(m - top)  # (1), scaled as it is used
         l = l * less + tl.sum(p, 1)  # noqa: E741
         a = tl.dot(p.to(V.dtype), V, a * less[:, None], input_precision="ieee")  # (2)
         m = top
