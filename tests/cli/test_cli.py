@@ -275,3 +275,19 @@ def test_ctrl_c_of_the_real_command(spec, tmp_path):
     assert process.returncode == 6, error
     assert re.match("stopped after step .* glactl train --resume runs/toy-", error.splitlines()[-1])
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.parametrize(
+    ("wish", "found"),
+    [({}, "5000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+    ids=str,
+)
+def test_threads_give_way_to_other_processes(wish, found):
+    """It is said before torch, whose threads read it as they begin; the user's wish counts."""
+    code = "import os, sys, glactl.cli; print(os.environ.get('GOMP_SPINCOUNT'))"
+    code += "; print('torch' in sys.modules)"
+    env = {k: v for k, v in os.environ.items() if k not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env | wish, capture_output=True, text=True, check=True
+    )
+    assert run.stdout.split() == [found, "False"]
