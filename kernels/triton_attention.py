@@ -202,9 +202,9 @@ def _write(
     tl.store(values + to, tl.load(v + at * v_row + here, mask=inside), mask=inside)  # (7)
 
 
-def _tile(R: int, wide: int) -> int:
-    """TB for R queries to a head of keys, of D padded to `wide`."""
-    return max(16, (2048 if R == 1 else 4096) // wide)
+def _tile(R: int, wide: int) -> tuple[int, int]:
+    """TB and warps for R queries to a head of keys, of D padded to `wide`."""
+    return (max(16, 2048 // wide), 2) if R == 1 else (max(16, 4096 // wide), 4)
 
 
 def _shares(heads: int, L: int, rows: int, programs: int) -> int:
@@ -244,7 +244,7 @@ def attention_step_triton(
     R = HQ // H
     wide, padded = max(16, triton.next_power_of_2(D)), triton.next_power_of_2(R)
     padded = 1 if R == 1 else max(16, padded)
-    rows = _tile(R, wide)
+    rows, warps = _tile(R, wide)
     # with shared keys more programs have not been tried
     shares = _shares(N * H, L, rows, PROGRAMS if R == 1 else min(PROGRAMS, 264))
     q, k, v = rows_apart(q), rows_apart(k), rows_apart(v)
@@ -258,7 +258,7 @@ def attention_step_triton(
         q, k, v, *state, length, o, part, D**-0.5 / math.log(2),
         None if theta is None else 2 * math.log2(theta) / D,
         H, L, *strides, q.stride(0), k.stride(0), v.stride(0),
-        RP=padded, TB=rows, num_warps=2 if R == 1 else 4, **sizes, **begin,
+        RP=padded, TB=rows, num_warps=warps, **sizes, **begin,
     )  # fmt: skip
     if part is None:
         length += 1  # (4)
