@@ -28,7 +28,7 @@ from glactl.models.steps import (
     Stepper,
     begin_anew,
     captures,
-    reserve,
+    copied,
     rows_of,
     take,
 )
@@ -76,8 +76,7 @@ def prefill(
     capacity = max(capacity, before + max(map(len, prompts)))
     hidden = None
     if past is not None:
-        hidden, state = past[0].clone(), take(past[1], torch.arange(N, device=device))
-        reserve(lm, state, capacity)
+        hidden, state = past[0].clone(), copied(lm, past[1], capacity)
     elif room is not None:
         state = room
         begin_anew(lm, state)

@@ -239,6 +239,15 @@ def take(state: LMState, index: Tensor) -> LMState:
     return LMState(layers, state.position[index], state.longest)
 
 
+def copied(lm: LM, state: LMState, capacity: int) -> LMState:
+    """A copy of a state with room for `capacity` tokens of each sequence."""
+    made = LMState([dict(layer) for layer in state.layers], state.position.clone(), state.longest)
+    reserve(lm, made, capacity)
+    for layer, held in zip(made.layers, state.layers, strict=True):
+        layer.update({name: x.clone() for name, x in held.items() if layer[name] is x})
+    return made
+
+
 def rows_of(state: LMState, first: int, last: int) -> LMState:
     """The state of the sequences from `first` to `last`, in the same memory."""
     layers = [{name: x[first:last] for name, x in layer.items()} for layer in state.layers]
