@@ -18,7 +18,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from glactl.models.joined import Joined
+from glactl.models.joined import joined
 from glactl.models.layers import end_to_end, to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler
@@ -82,7 +82,7 @@ def prefill(
         begin_anew(lm, state)
     else:
         state = lm.initial_state(N, capacity=capacity)
-    with Joined(lm) if captures(device) else nullcontext():  # as captured steps have it
+    with joined(lm) if captures(device) else nullcontext():  # as captured steps have it
         for first, part, done in _pieces(prompts, piece):
             some = rows_of(state, first, first + len(part))
             some.longest = before + done

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from glactl.kernels.attention import attention_more_room
 from glactl.models.greedy import Greedy
-from glactl.models.joined import Joined
+from glactl.models.joined import joined
 from glactl.models.layers import to_device
 from glactl.models.lm import LM, LMState
 from glactl.models.sampling import Sampler
@@ -72,8 +72,8 @@ class Stepper:
         self._most = state.longest + room if self.captured or read is not None else None
         if self._most is not None:
             reserve(lm, state, self._most)
-        joined = self.captured and read is None
-        self._joined = Joined(lm) if joined else nullcontext()
+        own = self.captured and read is None
+        self._joined = joined(lm) if own else nullcontext()
         self.rows = N  # the first ones of those that steps take, which are asked for
         self._token = token.clone()
         self._u = torch.zeros(N, block, device=device)
@@ -81,7 +81,7 @@ class Stepper:
         self._slot = torch.zeros_like(token)
         self._graph = Graph(device) if self.captured else None
         self._greedy = None
-        if joined and Greedy.takes(lm, sampler.sampling):
+        if own and Greedy.takes(lm, sampler.sampling):
             buffers = self._token, state.position, self._made, self._slot
             self._greedy = Greedy(lm, *buffers, vocab)
 

@@ -9,7 +9,7 @@ from glactl.models import decode as decoding
 from glactl.models import steps as stepping
 from glactl.models.decode import decode, prefill
 from glactl.models.greedy import Greedy
-from glactl.models.joined import Joined
+from glactl.models.joined import Joined, joined, whole
 from glactl.models.lm import LM, LMSpec, build_lm
 from glactl.models.sampling import Sampler, Sampling
 from glactl.models.steps import Stepper
@@ -169,6 +169,32 @@ def test_joined_products_are_the_products(mixer, rows, monkeypatch):
         lm.blocks[0].ffn.gate.weight.data_ptr(),
         gate.nbytes,
     )
+    assert not any(hasattr(module, "joined") for module in lm.modules())
+
+
+def test_what_is_joined_is_kept_until_the_weights_move():
+    lm = build_lm(LMSpec.model_validate(GREEDY), 0).eval()
+    kept = joined(lm)
+    assert joined(lm) is kept
+    lm.double()
+    again = joined(lm)
+    assert again is not kept
+    with again:
+        assert whole(lm.blocks[1].ffn.gate).dtype == torch.float64
+    up = lm.blocks[0].ffn.up
+    up.weight = torch.nn.Parameter(2 * up.weight.detach())  # one of several
+    with joined(lm):
+        assert torch.equal(whole(lm.blocks[0].ffn.gate)[-len(up.weight) :], up.weight)
+
+
+@pytest.mark.parametrize("mixer", ["attention", "gla"])
+def test_prompts_are_read_with_joined_products(mixer, monkeypatch):
+    lm = build_lm(LMSpec.model_validate(GREEDY | {"mixer": mixer}), 0, dtype=torch.float64).eval()
+    prompts = [[3, 4, 5], [6], [7] * 9]
+    expected, _ = prefill(lm, prompts)
+    monkeypatch.setattr(decoding, "captures", lambda device: True)
+    found, _ = prefill(lm, prompts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert not any(hasattr(module, "joined") for module in lm.modules())
 
 
