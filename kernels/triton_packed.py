@@ -27,9 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from glactl.kernels.triton_attention import LOW
 from glactl.kernels.triton_step import rows_apart
-
-LOW = tl.constexpr(-1e38)  # below any score; 2^(LOW - LOW) is no NaN
 
 
 @triton.jit

@@ -10,6 +10,7 @@ A module says what belongs together by a method together(), and asks by `whole`.
 kept with the module: 24 layers take the host 1 ms a context then, in place of 6.
 """
 
+from collections.abc import Sequence
 from weakref import WeakKeyDictionary
 
 import torch
@@ -62,8 +63,8 @@ def joined(module: nn.Module) -> Joined:
     return kept
 
 
-def _adjacent(weights: list[Tensor], matrix: Tensor) -> bool:
-    """Whether these are the rows of the matrix, one behind the other."""
+def _adjacent(weights: Sequence[Tensor], matrix: Tensor) -> bool:
+    """Whether these lie one behind the other from where the matrix, or the first one, begins."""
     at = matrix.data_ptr()
     for w in weights:
         if w.data_ptr() != at or w.dtype != matrix.dtype:
@@ -76,10 +77,8 @@ def _adjacent(weights: list[Tensor], matrix: Tensor) -> bool:
 @torch.no_grad()
 def _join(layers: list[nn.Linear]) -> Tensor:
     weights = [layer.weight for layer in layers]
-    rows, end = sum(len(w) for w in weights), weights[0].data_ptr()
-    adjacent = all(w.is_contiguous() for w in weights)
-    for w in weights:
-        adjacent, end = adjacent and w.data_ptr() == end, end + w.nbytes
+    rows = sum(len(w) for w in weights)
+    adjacent = all(w.is_contiguous() for w in weights) and _adjacent(weights, weights[0])
     if adjacent and weights[0].untyped_storage().nbytes() >= rows * weights[0].stride(0) * (
         weights[0].element_size()
     ):
