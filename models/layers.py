@@ -262,21 +262,12 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, State | None]:
         """(B, T, d) -> (B, T, d) and, where a state went in, the state after."""
         B, T, d = x.shape
-        before = len(self.weight) - 1
         at = layout(B, T, cu_seqlens, x.device)
-        N = len(at.length)
-        # every sequence with the inputs before it in front, end to end
-        past = x.new_zeros(N, before, d) if state is None else state["conv"]
-        first = at.start + torch.arange(N, device=x.device) * before
-        index = first[at.sequence] + before + at.place
-        history = first[:, None] + torch.arange(before, device=x.device)
-        padded = x.new_zeros(B * T + N * before, d)
-        padded = padded.index_copy(0, history.flatten(), past.flatten(0, 1))
-        padded = padded.index_copy(0, index, x.flatten(0, 1))
-        y = x.flatten(0, 1)
+        flat, past = x.flatten(0, 1), None if state is None else state["conv"]
+        y = flat
         for j, w in enumerate(self.weight):
-            y = y + w * padded[index - j]  # (4)
-        after = None if state is None else {"conv": padded[history + at.length[:, None]]}
+            y = y + w * (_back(flat, j, past, at) if j else flat)  # (4)
+        after = None if past is None else {"conv": _last(flat, past, at)}
         return y.view(B, T, d), after
 
     def step(self, x: Tensor, state: State) -> Tensor:
@@ -292,6 +283,28 @@ class ShortConv(nn.Module):
     def cost(d: int, width: int) -> Cost:
         """Of a convolution over d channels."""
         return Cost(width * d, 2.0 * width * d, 2.0 * d, FP32 * (width - 1) * d)
+
+
+def _back(x: Tensor, j: int, past: Tensor | None, at: Layout) -> Tensor:
+    """x_{t-j} of tokens end to end, (M, d), that of `past` (N, rows, d) or 0 before a sequence.
+
+    A shift and a mask, no look-up, whose gradient is written by additions to a table of zeros.
+    """
+    shifted = F.pad(x, (0, 0, j, 0))[: len(x)]
+    if past is None:
+        return shifted.masked_fill((at.place < j)[:, None], 0)
+    # at the start of a sequence; elsewhere a row that is not taken
+    old = past[at.sequence, (at.place - j).clamp(max=-1) + past.shape[1]]
+    return torch.where((at.place < j)[:, None], old, shifted)
+
+
+def _last(x: Tensor, past: Tensor, at: Layout) -> Tensor:
+    """The last rows of `past` and a sequence's tokens, as many as `past` has."""
+    N, before, _ = past.shape
+    index = at.length[:, None] + torch.arange(before, device=x.device)  # in past and tokens
+    of = torch.arange(N, device=x.device)[:, None] * before + index
+    new = at.start[:, None] + index + (N - 1) * before
+    return torch.cat([past.flatten(0, 1), x])[torch.where(index < before, of, new)]
 
 
 def product_onto(h: Tensor, x: Tensor, layer: nn.Linear) -> Tensor:

@@ -17,6 +17,18 @@ from torch.utils.checkpoint import checkpoint
 from glactl.models.lm import LM, Block
 
 
+def compile_alike(function: Callable[..., Any], dynamic: bool | None) -> Callable[..., Any]:
+    """torch.compile of a function, with sums in an order that does not depend on a timing.
+
+    By default the compiler times several ways to add up on the device and takes the fastest, which
+    may be another one in another process. See `quicken` for `dynamic`.
+    """
+    whole: Callable[..., Any] = torch.compile(
+        function, dynamic=dynamic, options={"deterministic": True}
+    )
+    return whole
+
+
 def quicken(lm: LM, compiled: bool, recompute: bool, dynamic: bool | None = None) -> None:
     """Have the layers of `lm` compiled, computed again, both or neither.
 
@@ -45,7 +57,7 @@ def _quick(
     block: Block, compiled: bool, recompute: bool, dynamic: bool | None
 ) -> Callable[..., Any]:
     plain = block.forward
-    inner: Callable[..., Any] = torch.compile(plain, dynamic=dynamic) if compiled else plain
+    inner = compile_alike(plain, dynamic) if compiled else plain
 
     def forward(*inputs: Any) -> Any:
         if not block.training:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from glactl.models.layers import to_device, wide
 from glactl.models.lm import LM
 from glactl.models.losses import token_losses
+from glactl.train.layers import compile_alike
 
 Kind = Literal["auto", "whole", "chunked", "liger"]
 
@@ -147,7 +148,7 @@ def _slope(z: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _compiled_slope() -> Any:
-    return torch.compile(_slope, dynamic=False)
+    return compile_alike(_slope, dynamic=False)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

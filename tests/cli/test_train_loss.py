@@ -3,13 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._inductor import compile_fx
 
 from glactl.measure import saved_bytes
 from glactl.models.lm import LMSpec, build_lm
 from glactl.spec import RunSpec
 from glactl.train.layers import quicken
 from glactl.train.loop import train
-from glactl.train.loss import LARGEST, Objective, chunked_loss
+from glactl.train.loss import LARGEST, Objective, _compiled_slope, chunked_loss
 
 N, D, V = 23, 8, 50
 MODEL = {"d_model": 16, "n_layers": 4, "mixer": {"kind": "gla", "heads": 2}, "vocab_size": V}
@@ -139,7 +141,7 @@ def test_compiled_layers_share_their_code_and_are_those_of_training(monkeypatch)
     """With a compiler that gives the traced graph back as it is."""
     graphs, compiler = [], torch.compile
 
-    def backend(graph, examples):
+    def backend(graph, examples, options):
         graphs.append(graph)
         return graph.forward
 
@@ -160,6 +162,27 @@ def test_compiled_layers_share_their_code_and_are_those_of_training(monkeypatch)
     lm.eval()
     lm(tokens[:1])
     assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_compiled_sums_do_not_depend_on_a_timing(monkeypatch):
+    """The compiler has been told so whenever it makes code: forward, backward, and of the loss."""
+    made = []
+
+    def inner(graph, *_, **options):
+        made.append((options.get("is_backward", False), torch._inductor.config.deterministic))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", inner)
+    monkeypatch.setattr(torch._functorch.config, "enable_autograd_cache", False)
+    lm = build_lm(LMSpec.model_validate(MODEL), 0)
+    quicken(lm, compiled=True, recompute=False)
+    tokens = torch.randint(V, (2, 32))
+    Objective(lm, "chunked", True)(tokens, tokens).backward()
+    assert made == [(False, True), (False, True), (True, True)]
+    assert not torch._inductor.config.deterministic  # of others' code
+    _compiled_slope.cache_clear()
     torch._dynamo.reset()
 
 
