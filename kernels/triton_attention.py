@@ -26,15 +26,16 @@ A state may lie in memory in any way that has the entries of a row of a head sid
 both parts. A head's rows one after another, as `attention_room` makes it, are faster to read than
 the heads of a row side by side: at 100 sequences of 2,000 tokens, 16 heads of 64, 294 us against
 318, at 63 190 against 224, of eight heads of 128 204 against 221, one sequence 7.6 against 9.3, all
-in tiles of 4,096 numbers and up to 4,224 programs. 200 sequences with 2,000 of 2,049 rows: 645 us
-so and 650 in one share; in tiles of 2,048 591 and 562, of 8,192 671 and 622, of 16,384 over 1,600.
+in tiles of 4,096 numbers and up to 4,224 programs. Tiles of 2,048 and 2,048 programs are the best
+for 143 and 200 sequences, 403 and 563 us, where it was 650; with 100, 63 and one they take 316, 212
+and 8.3, where one warp and 8,448 programs would take 292, 190 and 7.3 (benchmarks/attention.py).
 
 (4) is done by `_merge`, or by a launch of torch where there is none: all programs read p. They wait
 before they read anything; all launches may be early ones (triton_rows.py).
 
 Floor, an H100: the rows that count, 4 D H bytes each in bf16, over 3.02 TB/s. 200 sequences of
-2,000 tokens, 16 heads of 64: 1.64 GB, 542 us; measured 562, 2.91 TB/s. One sequence: 2.7 us;
-measured 7.6 in two launches.
+2,000 tokens, 16 heads of 64: 1.64 GB, 542 us; measured 563, 2.90 TB/s. One sequence: 2.7 us;
+measured 8.3 in two launches.
 
 `_write` is (7) of some tokens and one head, read and written once.
 """

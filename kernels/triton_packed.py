@@ -12,9 +12,10 @@ v's type, all else is fp32. Programs with the most keys begin first, so that non
 Floor, an H100: 4 D flops for each pair of a query and a key that it sees. 16 sequences of 2,000
 tokens, 16 heads of 64: 131 GFLOP, 0.13 ms at 989 TFLOP/s, and as many exponentials (0.5 G, 16 a
 clock and multiprocessor) take 0.14 ms that products hide in part. Predicted from torch's flash
-attention, 0.637 ms or 204 TFLOP/s: 0.45. Measured 0.390 (333 TFLOP/s), tiles of 64 queries and 64
-keys by 4 warps and 3 stages; 128 and 64 by 4 warps 0.435, by 8 0.395, 128 and 128 0.456 to 0.504,
-256 queries 0.53 and more, 64 and 128 0.441, 128 and 32 0.515; 2 stages 0.47 and 4 0.40.
+attention, 0.630 ms or 206 TFLOP/s: 0.45. Measured 0.381 (340 TFLOP/s), tiles of 64 queries and 64
+keys by 4 warps and 3 stages. Of all lengths it is the best or near: 128 queries by 8 warps take
+0.373, but 1.410 of four sequences of 8,192 where these take 1.291; keys of 32 take 0.409, but 0.098
+of 256 sequences of 128 where these take 0.114 (benchmarks/attention.py).
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
