@@ -11,7 +11,7 @@ from glactl.spec import RunSpec
 from glactl.tasks import load_task
 from glactl.tasks.mqar import MQARSpec, make_rows
 
-RECORDED = Path(__file__).parents[2] / "benchmarks" / "results" / "mqar_quick.jsonl"
+RECORDED = Path(__file__).parent / "golden" / "mqar-before-mixtures.jsonl"
 TRAIN = [(8, 1, 5), (8, 2, 4), (16, 2, 6)]  # length, pairs, rows
 VALID = [(8, 2, 3), (32, 8, 4)]
 

@@ -18,7 +18,7 @@ from glactl.sweep.results import Result, Results, pending
 from glactl.sweep.run import standing_errors
 from glactl.sweep.trial import Record
 
-RECORDED = Path(__file__).parents[3] / "benchmarks" / "results" / "mqar_quick.jsonl"
+RECORDED = Path(__file__).parents[2] / "tasks" / "golden" / "mqar-before-mixtures.jsonl"
 CPU, FORK = torch.device("cpu"), multiprocessing.get_context("fork")
 
 
