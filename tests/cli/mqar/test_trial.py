@@ -242,7 +242,7 @@ def test_layers_of_captured_steps_are_compiled_once_for_every_shape(
     """With a compiler that gives the traced graph back as it is."""
     traced, compiler = [], torch.compile
 
-    def backend(graph, examples):
+    def backend(graph, examples, options):
         traced.append(graph)
         return graph.forward
 
