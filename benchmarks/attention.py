@@ -30,7 +30,7 @@ STEPS = (  # sequences, heads of keys, D, queries to a head of keys
     (1, 16, 64, 1), (64, 8, 128, 1), (64, 4, 64, 4), (64, 8, 128, 4),
 )  # fmt: skip
 TILES = ((1024, 1), (1024, 2), (2048, 1), (2048, 2), (2048, 4), (4096, 2), (4096, 4))
-PROGRAMS = (1, 2048, 4224, 8448)  # with more queries to a head the first two, and the others capped
+PROGRAMS = (1, 2048, 4224, 8448)  # with more queries to a head the kernel takes 264 at most
 CAPACITIES = (2037, 2048, 2049, 2056, 2112)
 SEQUENCES = (  # sequences, tokens, heads, heads of keys, D
     (16, 1989, 16, 16, 64), (16, 1989, 8, 8, 128), (16, 1989, 16, 4, 64), (256, 128, 16, 16, 64),
@@ -147,9 +147,9 @@ def packed(n: int, T: int, H: int, G: int, D: int) -> dict[str, Any]:
         try:
             found.append(names | {"error": error(ours(), wanted)} | rate(ours))
         except triton.runtime.errors.OutOfResources as lacking:
-            found.append(names | {"us": float("inf"), "lacks": str(lacking)[:80]})
+            found.append(names | {"lacks": str(lacking)[:80]})
     triton_packed._tile = kept
-    found.sort(key=lambda form: form["us"])
+    found.sort(key=lambda form: form.get("us", float("inf")))
     return {"torch_flash": rate(flash), "shipped": shipped, "forms": found}
 
 
