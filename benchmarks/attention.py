@@ -13,16 +13,17 @@ been held against the form that ships (largest difference over the largest entry
 import argparse
 import itertools
 import json
-import platform
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
 from torch import Tensor
 
 from glactl.kernels import triton_attention, triton_packed
+from glactl.manifest import measured_on
 
 HELD, ROWS, THETA = 1995, 2049, 1e4
 STEPS = (  # sequences, heads of keys, D, queries to a head of keys
@@ -72,16 +73,6 @@ def draw(*shape: int) -> Tensor:
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
-def step_tile(tile: int, warps: int) -> Callable[[int, int], tuple[int, int]]:
-    """In place of the rule: tiles of so many numbers."""
-    return lambda R, wide: (max(16, tile // wide), warps)
-
-
-def packed_tile(form: tuple[int, int, int, int]) -> Callable[[int], tuple[int, int, int, int]]:
-    """In place of the rule: this form at every width."""
-    return lambda D: form
-
-
 class Step:
     """A case of `attention_step`, whose sequences stay at one length."""
 
@@ -107,16 +98,17 @@ class Step:
 
     def forms(self) -> list[dict[str, Any]]:
         """Every form, the fastest first."""
-        kept, programs, found = triton_attention._tile, triton_attention.PROGRAMS, []
-        wanted = self()
+        found, wanted = [], self()
         for (tile, warps), most in itertools.product(TILES, PROGRAMS):
             if self.queries > 1 and (warps == 1 or tile < 2048 or most > PROGRAMS[1]):
                 continue
-            triton_attention._tile = step_tile(tile, warps)  # type: ignore[assignment]
-            triton_attention.PROGRAMS = most
             form = {"tile": tile, "warps": warps, "programs": most}
-            found.append(form | {"error": error(self(), wanted)} | self.timed())
-        triton_attention._tile, triton_attention.PROGRAMS = kept, programs
+
+            def rule(R: int, wide: int, tile: int = tile, warps: int = warps) -> tuple[int, int]:
+                return max(16, tile // wide), warps
+
+            with patch.multiple(triton_attention, _tile=rule, PROGRAMS=most):
+                found.append(form | {"error": error(self(), wanted)} | self.timed())
         return sorted(found, key=lambda form: form["us"])
 
 
@@ -139,16 +131,15 @@ def packed(n: int, T: int, H: int, G: int, D: int) -> dict[str, Any]:
     def ours() -> Tensor:
         return triton_packed.attention_packed_triton(q, k, v, bounds, bounds, T)
 
-    kept, wanted, found = triton_packed._tile, flash(), []
+    wanted, found = flash(), []
     shipped = rate(ours) | {"error": error(ours(), wanted)}
     for form in PACKED:
-        triton_packed._tile = packed_tile(form)  # type: ignore[assignment]
         names = dict(zip(("queries", "keys", "warps", "stages"), form, strict=True))
-        try:
-            found.append(names | {"error": error(ours(), wanted)} | rate(ours))
-        except triton.runtime.errors.OutOfResources as lacking:
-            found.append(names | {"lacks": str(lacking)[:80]})
-    triton_packed._tile = kept
+        with patch.object(triton_packed, "_tile", lambda D, form=form: form):
+            try:
+                found.append(names | {"error": error(ours(), wanted)} | rate(ours))
+            except triton.runtime.errors.OutOfResources as lacking:
+                found.append(names | {"lacks": str(lacking)[:80]})
     found.sort(key=lambda form: form.get("us", float("inf")))
     return {"torch_flash": rate(flash), "shipped": shipped, "forms": found}
 
@@ -162,11 +153,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit,
+        **measured_on(torch.device("cuda"), args.commit),
         "attention_step": [],
         "attention_step_capacity": [],
         "attention_packed": [],

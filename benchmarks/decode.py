@@ -16,15 +16,14 @@ Prefill is one row in pieces: its tokens a second, and its peak, which must not 
 
 import argparse
 import json
-import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from glactl.manifest import measured_on
 from glactl.models.decode import PIECE, prefill
 from glactl.models.lm import LM, LMSpec, LMState, build_lm
 from glactl.models.sampling import Sampler, Sampling
@@ -184,13 +183,8 @@ def main() -> None:
     parser.add_argument("--write", metavar="FILE", help="write the results as JSON")
     args = parser.parse_args()
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit or head.stdout.strip() or None,
+        **measured_on(device, args.commit),
         "tiny": args.tiny,
         "results": [],
     }

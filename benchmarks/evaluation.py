@@ -24,9 +24,7 @@ of tokens made.
 import argparse
 import json
 import os
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -44,6 +42,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from glactl.convert.command import read_model
+from glactl.manifest import measured_on
 from glactl.models.lm import LMSpec, build_lm
 from glactl.spec import load
 from glactl.tasks.engine import Engine
@@ -263,14 +262,10 @@ def main() -> None:
     vocab = TINY_VOCAB if args.tiny else VOCAB
     prompts, tokenizer = documents(args.docs, args.tokens, vocab)
     lengths = [len(ids) for ids in tokenizer(prompts)["input_ids"]]
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     cuda = device.type == "cuda"
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
+        **measured_on(device, args.commit),
         "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit or head.stdout.strip() or None,
         "tiny": args.tiny,
         "tokens": [min(lengths), max(lengths)],
         "new": args.new,

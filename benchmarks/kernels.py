@@ -14,8 +14,6 @@ normalizer, or `spread`: the decay over 32 rows is uniform from 0 to e^-90 in ev
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from glactl.kernels import gla, gla_reference, gsa, gsa_reference
+from glactl.manifest import measured_on
 
 TOKENS = 32768
 COPY = 3.02e12  # bytes/s
@@ -261,13 +260,8 @@ def main() -> None:
     parser.add_argument("--write", metavar="FILE", help="write the results as JSON")
     args = parser.parse_args()
     torch.manual_seed(0)
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit or head.stdout.strip() or None,
+        **measured_on(torch.device("cuda"), args.commit),
         "results": [],
     }
     gates = getattr(torch, args.gates)

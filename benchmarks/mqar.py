@@ -23,9 +23,7 @@ import argparse
 import gc
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +36,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from glactl.device import products
+from glactl.manifest import measured_on
 from glactl.models.lm import build_lm
 from glactl.spec import RunSpec, with_vocab
 from glactl.sweep.grid import make_grid
@@ -217,13 +216,8 @@ def main() -> None:
     parser.add_argument("--write", metavar="FILE", help="write the results as JSON")
     args = parser.parse_args()
     device = torch.device(args.device)
-    cuda = device.type == "cuda"
-    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit or head.stdout.strip() or None,
+        **measured_on(device, args.commit),
         "tiny": args.tiny,
         "results": [],
     }

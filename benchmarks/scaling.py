@@ -19,7 +19,6 @@ A line of JSON for each as it is done.
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 
 from glactl import checkpoints
+from glactl.manifest import measured_on
 from glactl.run import Run
 from glactl.spec import RunSpec, load
 from glactl.tasks import Batch
@@ -225,12 +225,9 @@ def main() -> None:
     if args.rate or args.part:
         (rate if args.rate else part)(args)
         return
-    source = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     gpu = args.device != "cpu" and torch.cuda.is_available()
     head = {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
-        "commit": args.commit or source.stdout.strip() or None,
+        **measured_on(torch.device("cuda" if gpu else "cpu"), args.commit),
         "spec": args.spec,
         "compile": args.compile,
     }

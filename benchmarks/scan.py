@@ -12,7 +12,6 @@ engine in fp64 at 300 tokens and 256 channels. mamba_ssm's scan is timed where i
 
 import argparse
 import json
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ import triton
 from torch import Tensor
 
 from glactl.kernels import scan, triton_scan
+from glactl.manifest import measured_on
 
 TOKENS, M = 16384, 16
 COPY, EXP2 = 3.02e12, 132 * 16 * 1.755e9  # bytes and exponentials a second
@@ -129,11 +129,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     about: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit,
+        **measured_on(torch.device("cuda"), args.commit),
         "floors": floors(args.channels),
         "results": [],
     }

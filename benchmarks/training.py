@@ -25,7 +25,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -39,6 +38,7 @@ from typing import Any
 import torch
 
 from glactl.device import products
+from glactl.manifest import measured_on
 from glactl.models.cost import lm_cost
 from glactl.models.lm import build_lm
 from glactl.peaks import peak_flops
@@ -289,12 +289,8 @@ def main() -> None:
         one(args)
         return
     gpu = torch.cuda.is_available() and args.device != "cpu"
-    head_of = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
     head = {
-        "device": torch.cuda.get_device_name() if gpu else f"CPU, {platform.machine()}",
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": args.commit or head_of.stdout.strip() or None,
+        **measured_on(torch.device("cuda" if gpu else "cpu"), args.commit),
         "sizes": sizes(args.tiny),
     }
     print(json.dumps(head), flush=True)

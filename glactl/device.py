@@ -1,6 +1,7 @@
 """Where a command computes."""
 
 import os
+import platform
 from typing import Literal
 
 import torch
@@ -49,3 +50,10 @@ def products(device: torch.device, wanted: Precision) -> torch.autocast:
     """Within, products are of this precision; all else is as wide as its weights."""
     enabled = precision_on(device, wanted) == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def device_name(device: torch.device) -> str:
+    """What a report calls a device: the name of the GPU, of a CPU its kind."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {platform.machine()}"

@@ -8,7 +8,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from glactl import __version__
+from glactl.device import device_name
 from glactl.spec import RunSpec, spec_hash
 from glactl.versions import installed
 
@@ -36,6 +39,19 @@ def manifest_of(spec: RunSpec) -> dict[str, Any]:
         "packages": {name: installed(name) for name in PACKAGES},
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "git": _git(),
+    }
+
+
+def measured_on(device: torch.device, commit: str | None = None) -> dict[str, Any]:
+    """Where numbers were measured, which stands before them: the device, versions, and the commit,
+    which of a tree without git must be told."""
+    tree = _git()
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "python": platform.python_version(),
+        "commit": commit or (tree and tree["commit"]),
     }
 
 

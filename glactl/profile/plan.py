@@ -1,6 +1,5 @@
 """What `glactl profile` is to measure: its options, checked, and the cases that they make."""
 
-import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 
 from glactl import __version__
+from glactl.device import device_name
 from glactl.measure import Rates
 from glactl.models.lm import LMSpec
 from glactl.models.mixers import KINDS
@@ -87,9 +87,7 @@ class Plan:
         gpu = self.device.type == "cuda"
         return {
             "glactl": __version__,
-            "device": torch.cuda.get_device_name(self.device)
-            if gpu
-            else f"CPU, {platform.machine()}",
+            "device": device_name(self.device),
             "threads": None if gpu else torch.get_num_threads(),
             "torch": torch.__version__,
             "dtype": str(self.dtype).removeprefix("torch."),

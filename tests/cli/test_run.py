@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from glactl import checkpoints
+from glactl.manifest import measured_on
 from glactl.run import NoRun, Position, Run
 from glactl.spec import load, resolved_yaml
 from glactl.tasks import load_task
@@ -309,3 +310,14 @@ def test_the_last_k_are_kept_and_the_sums_can_be_checked(tmp_path):
 def test_epochs_follow_from_the_sample():
     assert Position(seed=0, n_train=40, fingerprint="", sample=79).epoch == 1
     assert Position(seed=0, n_train=40, fingerprint="", sample=80).epoch == 2
+
+
+def test_where_numbers_were_measured(monkeypatch):
+    about = measured_on(torch.device("cpu"))
+    assert about["device"].startswith("CPU, ")
+    assert about["torch"] == torch.__version__
+    monkeypatch.setattr("glactl.manifest._git", lambda: {"commit": "abc", "changed": True})
+    assert measured_on(torch.device("cpu"))["commit"] == "abc"
+    assert measured_on(torch.device("cpu"), "def")["commit"] == "def"
+    monkeypatch.setattr("glactl.manifest._git", lambda: None)
+    assert measured_on(torch.device("cpu"))["commit"] is None
